@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .attention_fire import fire_attention
 from .configuration_fire import FireConfig
 from .modeling_fire import (
     FireForCausalLM,
@@ -17,7 +18,7 @@ from .modeling_fire import (
     FireForTokenClassification,
     FireModel,
 )
-from .position_bias_fire import FirePositionBias
+from .position_bias_fire import FirePositionBias, FirePositions
 
 
 # With the package installed its classes load and no downloaded code is run; saved folders still carry the code.
@@ -41,4 +42,6 @@ __all__ = [
     "FireForTokenClassification",
     "FireModel",
     "FirePositionBias",
+    "FirePositions",
+    "fire_attention",
 ]

@@ -3,11 +3,11 @@ The one place that decides how attention with a position bias is computed.
 
 `ALL_ATTENTION_FUNCTIONS` is transformers' attention registry, with functions of ours in place of those that take a
 bias. Beside the usual arguments they take `positions` and `position_bias`: the bias is a function of positions, and
-each implementation asks it for the dense blocks that it needs. An implementation that would drop the bias is refused
-by `check_attn_implementation`. A fused kernel joins by one more entry here.
+each implementation asks it for what it needs, the pieces of a fused path or dense blocks. An implementation that
+would drop the bias is refused by `check_attn_implementation`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,15 +15,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils.versions import require_version
 
+from .operator_fire import backend_name, fused_attention
+from .piecewise_fire import PiecewiseBias
 from .position_bias_fire import FirePositions, PositionBias
 
 
 # Largest number of scalars that one block of queries may hold in the computation of its bias (256 MiB in float32).
 MAX_BLOCK_ELEMENTS = 2**26
+
+
+def first_head(module: Any, num_heads: int) -> int:
+    """The first head of this rank under tensor parallelism: it holds a slice of the heads, and the whole bias."""
+    if module.training:
+        require_version("transformers>=5.22", "Before, tensor parallelism left the gradients of the bias unsummed.")
+    weight = module.q_proj.weight
+    if not isinstance(weight, DTensor):
+        raise ValueError("Tensor parallelism of a position bias needs attention weights that are not quantized.")
+    return weight.device_mesh.get_local_rank() * num_heads
 
 
 def dense_bias(
@@ -41,14 +54,25 @@ def dense_bias(
     num_heads = query.shape[1]
     if bias.shape[1] == num_heads:
         return bias
-    # Tensor parallelism: this rank holds a slice of the heads, and the whole bias.
-    if module.training:
-        require_version("transformers>=5.22", "Before, tensor parallelism left the gradients of the bias unsummed.")
-    weight = module.q_proj.weight
-    if not isinstance(weight, DTensor):
-        raise ValueError("Tensor parallelism of a position bias needs attention weights that are not quantized.")
-    first = weight.device_mesh.get_local_rank() * num_heads
-    return bias[:, first : first + num_heads]
+    start = first_head(module, num_heads)
+    return bias[:, start : start + num_heads]
+
+
+def piecewise_bias(
+    module: Any, position_bias: PositionBias | None, positions: FirePositions, query: torch.Tensor
+) -> PiecewiseBias:
+    """The pieces of the heads that `query` holds, on the device of `query`."""
+    num_heads = query.shape[1]
+    if position_bias is None:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return PiecewiseBias.straight(query.new_zeros(num_heads, dtype=dtype), "identity", positions.query)
+    bias = position_bias(positions, piecewise=True)
+    if bias.slope.device != query.device:
+        bias = bias.to(query.device)
+    if bias.slope.shape[0] == num_heads:
+        return bias
+    start = first_head(module, num_heads)
+    return bias.heads(start, start + num_heads)
 
 
 def eager_attention_forward(
@@ -95,12 +119,12 @@ def query_block_size(
 ) -> int:
     """How many queries fit in one block, within `MAX_BLOCK_ELEMENTS`."""
     per_pair = query.shape[1] + 2 * position_bias.hidden_width  # the result, and a hidden layer before and after
-    per_query = max(coordinates.shape[0] for coordinates in positions) * key.shape[2] * per_pair
-    return max(1, MAX_BLOCK_ELEMENTS // per_query)
+    batch = max(coordinates.shape[0] for coordinates in positions[:3])
+    return max(1, MAX_BLOCK_ELEMENTS // (batch * key.shape[2] * per_pair))
 
 
 def sdpa_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -117,33 +141,39 @@ def sdpa_attention(
     """
     if position_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("cache") is not None and can_fuse(module, query, None, positions, position_bias, **kwargs):
+        return fire_paged_attention(module, query, key, value, positions, position_bias, **kwargs)
 
-    length = query.shape[2]
+    from_positions = attention_mask is None and positions.first is not None
+    length, num_keys = query.shape[2], key.shape[2]
     whole = torch.compiler.is_compiling() or kwargs.get("cache") is not None
     size = length if whole else min(length, query_block_size(query, key, position_bias, positions))
     if size == length:
+        mask = positions.mask() if from_positions else attention_mask
         bias = sdpa_bias(dense_bias(module, position_bias, positions, query), query)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=bias, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, mask, position_bias=bias, **kwargs)
 
     is_causal = kwargs.pop("is_causal", None)
     is_causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
 
     def attend(start: int, stop: int) -> torch.Tensor:
-        # A mask of None is causal from the first key on: the keys past this block are not seen.
-        num_keys = stop if is_causal else key.shape[2]
-        if is_causal:
+        # Causal from the first key on: the keys past this block are not seen.
+        seen = stop if is_causal and length == num_keys else num_keys
+        block = positions.block(start, stop, seen)
+        if from_positions:
+            mask = block.mask()
+        elif is_causal:
             mask = causal_rows(start, stop, query.device)
         else:
             mask = None if attention_mask is None else attention_mask[:, :, start:stop]
-        bias = dense_bias(module, position_bias, positions.block(start, stop, num_keys), query)
         return sdpa_attention_forward(
             module,
             query[:, :, start:stop],
-            key[:, :, :num_keys],
-            value[:, :, :num_keys],
+            key[:, :, :seen],
+            value[:, :, :seen],
             mask,
             is_causal=False,
-            position_bias=sdpa_bias(bias, query),
+            position_bias=sdpa_bias(dense_bias(module, position_bias, block, query), query),
             **kwargs,
         )[0]
 
@@ -159,6 +189,130 @@ def causal_rows(start: int, stop: int, device: torch.device) -> torch.Tensor:
     """Causal mask of the queries from `start` to `stop` over the first `stop` keys: `(1, 1, stop - start, stop)`."""
     keys = torch.arange(stop, device=device)
     return (keys[start:, None] >= keys)[None, None]
+
+
+def can_fuse(
+    module: Any,
+    query: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    positions: FirePositions,
+    position_bias: PositionBias | None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> bool:
+    """Whether the fused path can do this call, and exactly."""
+    fits = position_bias is None or position_bias.is_piecewise
+    if not fits or attention_mask is not None:
+        return False
+    return positions.first is not None and not (dropout and module.training) and backend_name(query) != "none"
+
+
+def fire_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    positions: FirePositions,
+    position_bias: PositionBias | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Fused attention, whose memory is linear in the length. What it does not cover, a bias without a piecewise-linear
+    form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks.
+    """
+    if not can_fuse(module, query, attention_mask, positions, position_bias, dropout):
+        return sdpa_attention(
+            module, query, key, value, attention_mask, positions, position_bias,
+            scaling=scaling, dropout=dropout, **kwargs,
+        )  # fmt: skip
+    bias = piecewise_bias(module, position_bias, positions, query)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return fused_attention(query, key, value, bias, positions, scaling).transpose(1, 2), None
+
+
+def fire_paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: FirePositions,
+    position_bias: PositionBias,
+    cache: Any,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Fused attention over the cache of continuous batching, which hands out the keys of all requests in a row."""
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    return fire_attention_forward(module, query, key, value, None, positions, position_bias, scaling)
+
+
+class AttentionLayer(NamedTuple):
+    """What the attention functions read of the layer that calls them."""
+
+    is_causal: bool
+    num_key_value_groups: int
+    training: bool = False
+
+
+def fire_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position_bias: PositionBias,
+    positions: FirePositions | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    Attention with a position bias, for an attention layer of one's own.
+
+    Where the bias is piecewise linear (FIRE with one hidden layer of ReLU units, KERPLE, ALiBi) it runs fused, on CPU
+    and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, and the
+    gradients of `query`, `key`, `value` and of every parameter of the bias are exact.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): float32, bfloat16 or float16.
+        key (`torch.Tensor` of shape `(batch, key_value_heads, keys, head_dim)`):
+            `heads` is a multiple of `key_value_heads`; the queries are the last of the keys, unless `positions` say
+            otherwise.
+        value (`torch.Tensor` of the shape of `key`): Values.
+        position_bias ([`PositionBias`]): e.g. `FirePositionBias(heads)`.
+        positions ([`FirePositions`], *optional*):
+            Who stands where and sees whom, for padding and anything unusual. Excludes the next three.
+        causal (`bool`, *optional*, defaults to `True`): Whether keys ahead are hidden. Distances are `|i - j|`.
+        window (`int`, *optional*): A query sees only so many keys back (and ahead), itself counted.
+        cu_seqlens (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
+            Packed documents: where each begins. They do not see each other; causal, without a window.
+        scaling (`float`, *optional*): Factor of `query key`; `head_dim ** -0.5` by default.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, queries, head_dim)`, of the dtype of `query`.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads.")
+    if positions is None and cu_seqlens is not None:
+        if not causal or window is not None or queries != keys:
+            raise ValueError("`cu_seqlens` is for causal self-attention without a window: use `positions`.")
+        positions = FirePositions.packed(cu_seqlens, keys)
+    elif positions is None:
+        if queries > keys:
+            raise ValueError(
+                f"{queries} queries cannot be the last of {keys} keys: say where they are in `positions`."
+            )
+        positions = FirePositions.arange(queries, query.device, past=keys - queries, window=window, causal=causal)
+    layer = AttentionLayer(causal, query.shape[1] // key.shape[1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output, _ = fire_attention_forward(layer, query, key, value, None, positions, position_bias, scaling)
+    return output.transpose(1, 2)
 
 
 def flex_attention(
@@ -178,12 +332,21 @@ def flex_attention(
     return flex_attention_forward(module, query, key, value, attention_mask, position_bias=bias, **kwargs)
 
 
+def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """What `generate` prepares as the mask for "fire": that of the padding, which the model makes positions of."""
+    return attention_mask
+
+
 # Named as in transformers, which looks for this name when `set_attn_implementation` is called.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["fire"] = fire_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
 ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention
+# transformers checks names against its own registries.
+AttentionInterface.register("fire", fire_attention_forward)
+AttentionMaskInterface.register("fire", padding_mask)
 
-SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+SUPPORTED_ATTENTION = ("fire", "eager", "sdpa", "flex_attention")
 
 
 def check_attn_implementation(name: str | None) -> None:
@@ -196,5 +359,5 @@ def check_attn_implementation(name: str | None) -> None:
     if name is not None and name not in SUPPORTED_ATTENTION:
         raise ValueError(
             f'Specified `attn_implementation="{name}"` is not supported: it would drop the position bias. Use one of '
-            f"{', '.join(map(repr, SUPPORTED_ATTENTION))}: 'sdpa' is the default, 'eager' returns attentions."
+            f"{', '.join(map(repr, SUPPORTED_ATTENTION))}: 'fire' is the default, 'eager' returns attentions."
         )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -191,6 +192,8 @@ class FirePreTrainedModel(PreTrainedModel):
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
         check_attn_implementation(attn_implementation)
+        if attn_implementation is None and self.config.position_bias != "none":
+            attn_implementation = "fire"
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
 
@@ -259,15 +262,26 @@ class FireModel(FirePreTrainedModel):
 
         # Before a new cache is made: packed documents are recognised only without one.
         positions = self.compute_positions(
-            inputs_embeds, attention_mask, position_ids, key_position_ids, past_key_values, kwargs.get("cu_seq_lens_k")
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            key_position_ids,
+            past_key_values,
+            kwargs.get("cu_seq_lens_q"),
+            kwargs.get("cu_seq_lens_k"),
         )
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids if key_position_ids is None else None,
-        )
+        causal_mask: Any
+        if self.config._attn_implementation == "fire":
+            # The positions say who sees whom, unless the caller's own mask does.
+            causal_mask = attention_mask if positions.first is None else None
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids if key_position_ids is None else None,
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -296,24 +310,16 @@ class FireModel(FirePreTrainedModel):
         position_ids: torch.LongTensor | None,
         key_position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
+        cu_seq_lens_q: torch.Tensor | None,
         cu_seq_lens_k: dict[str, torch.Tensor] | torch.Tensor | None,
     ) -> FirePositions:
         """
-        Works out, once for all layers, where queries and keys stand. See `forward` for the arguments; `cu_seq_lens_k`
-        is a dict under continuous batching: where each request begins among the keys.
+        Works out, once for all layers, where queries and keys stand and who sees whom. See `forward` for the
+        arguments; `cu_seq_lens_k` is a dict under continuous batching: where each request begins among the keys.
         """
-        if key_position_ids is not None:
-            return FirePositions(position_ids, position_ids, key_position_ids)
         length, device = inputs_embeds.shape[1], inputs_embeds.device
-
         if isinstance(cu_seq_lens_k, dict):
-            bounds = cu_seq_lens_k["full_attention"].long()
-            keys = torch.arange(attention_mask.shape[-1], device=device)
-            request = torch.searchsorted(bounds[1:], keys, right=True).clamp(max=bounds.shape[0] - 2)
-            return FirePositions(position_ids, position_ids, (keys - bounds[request])[None])
-
-        if past_key_values is None and position_ids is not None:
-            return FirePositions(position_ids, position_ids, position_ids)
+            return paged_positions(position_ids, cu_seq_lens_q, cu_seq_lens_k["full_attention"], attention_mask)
 
         offset, num_keys = 0, length
         if past_key_values is not None:
@@ -321,20 +327,73 @@ class FireModel(FirePreTrainedModel):
             layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, FireDecoderLayer)), 0)
             offset = past_key_values.get_query_offset(layer_idx)
             num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
-        query = torch.arange(length, device=device) + offset
-        if attention_mask is not None and attention_mask.ndim == 2 and has_padding(attention_mask):
-            # Tokens are counted without the padding, as `generate` counts them.
-            key = (attention_mask.to(device).ne(0).cumsum(-1) - 1).clamp(min=0)
-            key = nn.functional.pad(key, (0, num_keys - key.shape[-1]))
-            query = key[:, query]
-        else:
-            key, query = torch.arange(num_keys, device=device)[None], query[None]
-        return FirePositions(query if position_ids is None else position_ids, query, key)
+        key = torch.arange(num_keys, device=device)[None]
+        query = torch.arange(length, device=device)[None] + offset
+        positions = FirePositions(
+            query if position_ids is None else position_ids,
+            query,
+            key,
+            torch.zeros_like(query),
+            query + 1,
+            consecutive=True,
+        )
+        mask = None
+        if attention_mask is not None and attention_mask.ndim != 2:
+            positions = positions._replace(first=None, last=None)
+        elif attention_mask is not None and has_padding(attention_mask):
+            mask = nn.functional.pad(attention_mask.to(device).bool(), (0, num_keys - attention_mask.shape[-1]))
+            positions = padded_positions(positions, mask, position_ids)
+
+        if key_position_ids is not None:
+            return positions._replace(query=position_ids, key=key_position_ids, visible=mask, consecutive=False)
+        if past_key_values is None and position_ids is not None:
+            if attention_mask is not None:
+                # Nothing says that they have no gaps.
+                return positions._replace(query=position_ids, key=position_ids, visible=mask, consecutive=False)
+            # Documents start where positions do not go on.
+            starts = nn.functional.pad(position_ids.diff() != 1, (1, 0))
+            return positions._replace(first=torch.where(starts, query, 0).cummax(-1).values)
+        return positions
+
+
+def paged_positions(
+    position_ids: torch.Tensor, cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, attention_mask: torch.Tensor
+) -> FirePositions:
+    """Continuous batching: requests side by side, whose queries and keys begin at the `cu_seq_lens`."""
+    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    request = torch.searchsorted(cu_seq_lens_q[1:].long(), index, right=True).clamp(max=len(cu_seq_lens_k) - 2)
+    first = cu_seq_lens_k.long()[request][None]
+    query = first + position_ids
+    key = torch.arange(attention_mask.shape[-1], device=position_ids.device)[None]
+    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True)
+
+
+def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids: torch.Tensor | None) -> FirePositions:
+    """
+    Positions beside a padding mask of shape `(batch, keys)`: tokens are counted without the padding, as `generate`
+    counts them. Padding before and after leaves distances alone; padding between tokens (a right-padded prompt that
+    is continued) does not.
+    """
+    count = (mask.cumsum(-1) - 1).clamp(min=0)
+    query = count.expand(mask.shape[0], -1).gather(1, positions.query.expand(mask.shape[0], -1))
+    absolute = query if position_ids is None else position_ids
+    if has_gaps(mask):
+        return positions._replace(absolute=absolute, query=query, key=count, visible=mask, consecutive=False)
+    first = mask.int().argmax(-1, keepdim=True)
+    last = torch.minimum(positions.last, first + mask.sum(-1, keepdim=True))
+    return positions._replace(absolute=absolute, first=first.expand_as(last), last=last)
 
 
 def has_padding(attention_mask: torch.Tensor) -> bool:
     """Whether a 2-dimensional mask hides anything. Unknown, so assumed, while tracing, when values cannot be read."""
     return is_tracing(attention_mask) or not bool(attention_mask.all())
+
+
+def has_gaps(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-dimensional mask hides anything between tokens; assumed while tracing."""
+    return is_tracing(attention_mask) or bool(
+        (attention_mask.int().diff() == 1).sum(-1).gt(~attention_mask[:, 0]).any()
+    )
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
@@ -400,6 +459,19 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def generate_batch(self, *args, **kwargs):
+        """
+        Continuous batching, see transformers. It knows attention implementations by name: meanwhile "fire" is called
+        "sdpa", and with a paged cache that is fused all the same.
+        """
+        implementation = self.config._attn_implementation
+        if implementation == "fire":
+            self.set_attn_implementation("sdpa")
+        try:
+            return super().generate_batch(*args, **kwargs)
+        finally:
+            self.set_attn_implementation(implementation)
 
 
 # The heads take transformers' generic forward, but not its constructor: that asks AutoModel for the decoder, which

@@ -11,7 +11,7 @@ FIRE is defined in Li et al., *Functional Interpolation for Relative Positions I
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,12 +19,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
+from .piecewise_fire import PiecewiseBias, psi, relu_pieces
+
 
 class FirePositions(NamedTuple):
     """
-    Where the queries and the keys of one attention call stand.
+    Where the queries and the keys of one attention call stand, and who sees whom.
 
-    A distance is the difference of `query` and `key`, which share one frame: positions, or indices into the KV cache.
+    A distance is the difference of `query` and `key`, which share one frame: positions, or indices among the keys.
     The absolute position, which normalises FIRE, is kept apart: a cached key knows its index, not its position.
 
     Args:
@@ -34,29 +36,94 @@ class FirePositions(NamedTuple):
             Coordinate of each query.
         key (`torch.LongTensor` of shape `(batch or 1, keys)`):
             Coordinate of each key.
+        first, last (`torch.LongTensor` of shape `(batch or 1, queries)`, *optional*):
+            A query sees the keys of index `first <= j < last`. `None` where only a mask of the caller's tells.
+        visible (`torch.BoolTensor` of shape `(batch or 1, keys)`, *optional*):
+            Keys that no query sees are `False`; for masks with gaps, which `first` and `last` cannot say.
+        consecutive (`bool`):
+            Whether a distance is the difference of indices: the coordinate of each key is its index.
+        causal (`bool`): Whether no query sees keys ahead.
     """
 
     absolute: torch.Tensor
     query: torch.Tensor
     key: torch.Tensor
+    first: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    consecutive: bool = False
+    causal: bool = True
 
     @classmethod
-    def arange(cls, length: int, device: torch.device | str | None = None) -> "FirePositions":
-        """The positions 0, 1, ... of one sequence of `length` tokens, as queries and as keys."""
-        index = torch.arange(length, device=device)[None]
-        return cls(index, index, index)
+    def arange(
+        cls,
+        length: int,
+        device: torch.device | str | None = None,
+        *,
+        past: int = 0,
+        window: int | None = None,
+        causal: bool = True,
+    ) -> "FirePositions":
+        """
+        The last `length` of `past + length` consecutive tokens as queries, all of them as keys.
+
+        Args:
+            length (`int`): number of queries.
+            past (`int`, *optional*, defaults to 0): number of keys before the first query.
+            window (`int`, *optional*): each query sees this many keys at most on each side, itself counted.
+            causal (`bool`, *optional*, defaults to `True`): whether keys ahead are hidden.
+        """
+        key = torch.arange(past + length, device=device)[None]
+        query = key[:, past:]
+        first, last = torch.zeros_like(query), query + 1 if causal else torch.full_like(query, past + length)
+        if window is not None:
+            first = (query - window + 1).clamp(min=0)
+            last = torch.minimum(last, query + window)
+        return cls(query, query, key, first, last, consecutive=True, causal=causal)
+
+    @classmethod
+    def packed(cls, cu_seqlens: torch.Tensor, length: int) -> "FirePositions":
+        """
+        Documents one after the other, each causal and blind to the others.
+
+        Args:
+            cu_seqlens (`torch.Tensor` of shape `(documents + 1,)`): where each begins; 0 first, `length` last.
+            length (`int`): tokens in all.
+        """
+        index = torch.arange(length, device=cu_seqlens.device)
+        first = cu_seqlens.long()[torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1]
+        index, first = index[None], first[None]
+        return cls(index - first, index, index, first, index + 1, consecutive=True)
 
     def block(self, start: int, stop: int, num_keys: int) -> "FirePositions":
         """The queries from `start` to `stop` beside the first `num_keys` keys."""
-        return FirePositions(self.absolute[:, start:stop], self.query[:, start:stop], self.key[:, :num_keys])
+        return FirePositions(
+            self.absolute[:, start:stop],
+            self.query[:, start:stop],
+            self.key[:, :num_keys],
+            None if self.first is None else self.first[:, start:stop],
+            None if self.last is None else self.last[:, start:stop].clamp(max=num_keys),
+            None if self.visible is None else self.visible[:, :num_keys],
+            self.consecutive,
+            self.causal,
+        )
+
+    def mask(self) -> torch.Tensor:
+        """Who sees whom, densely: `torch.BoolTensor` of shape `(batch or 1, 1, queries, keys)`."""
+        index = torch.arange(self.key.shape[1], device=self.key.device)
+        seen = (self.first[:, :, None] <= index) & (index < self.last[:, :, None])
+        if self.visible is not None:
+            seen = seen & self.visible[:, None, :]
+        return seen[:, None]
 
     def distance(self) -> torch.Tensor:
         """
-        `i - j` as integers of shape `(batch or 1, queries, keys)`: exact at any length, where subtracting after a
-        conversion to a float type is not. Keys that lie ahead, which the caller masks, count as distance 0: a large
-        bias could outweigh the mask in float16, and would spoil the scale of a rounded row.
+        `|i - j|` as integers of shape `(batch or 1, queries, keys)`: exact at any length, where subtracting after a
+        conversion to a float type is not. In a causal model keys ahead, which are masked, count as distance 0: a
+        large bias could outweigh the mask in float16, and would spoil the scale of a rounded row.
         """
-        return (self.query[:, :, None] - self.key[:, None, :]).clamp(min=0)
+        difference = self.query[:, :, None] - self.key[:, None, :]
+        return difference.clamp(min=0) if self.causal else difference.abs()
 
 
 def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,9 +167,10 @@ def decay_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, 
     return weight / UNIT_SCALE, torch.zeros(shape[0], device=device)
 
 
-class Float32Linear(nn.Linear):
+class Float32Linear(nn.Module):
     """
-    A linear layer that computes in float32 (or wider) whatever type its weights are stored in.
+    A linear layer that computes in float32 (or wider) whatever type its weights are stored in. Not an `nn.Linear`,
+    which quantisers replace and adapters adapt.
 
     It draws its own start, so that it can be initialised alone: DeepSpeed's ZeRO-3 takes the values of every module
     away as soon as its constructor ends, and lends them again one module at a time.
@@ -114,8 +182,11 @@ class Float32Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, start: Callable):
-        self.start = start  # before the constructor of `nn.Linear`, which draws
-        super().__init__(in_features, out_features, dtype=torch.float32)
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
@@ -125,7 +196,12 @@ class Float32Linear(nn.Linear):
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 init.copy_(parameter, value)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Without an input: a copy of its weight and bias."""
+        if hidden_states is None:
+            # Sharded parameters have values during a call of their module, and lose them as it ends.
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return self.weight.to(dtype, copy=True), self.bias.to(dtype, copy=True)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # FSDP may hand in bfloat16
         return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -145,20 +221,34 @@ class PositionBias(nn.Module):
         """Biases of shape `(batch or 1, queries, keys, num_heads)`, computed in `dtype`."""
         raise NotImplementedError
 
+    @property
+    def is_piecewise(self) -> bool:
+        """Whether there is a piecewise-linear form, which the fused paths ask for."""
+        return type(self).pieces is not PositionBias.pieces
+
+    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+        """The piecewise-linear form, computed in `dtype`, if `is_piecewise`."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
         """Initialises the parameters of this module, not those of its children; the default has none."""
 
-    def forward(self, positions: FirePositions) -> torch.Tensor:
+    def forward(self, positions: FirePositions, piecewise: bool = False) -> torch.Tensor | PiecewiseBias:
         """
         Args:
             positions ([`FirePositions`]): the queries and keys of the block.
+            piecewise (`bool`, *optional*, defaults to `False`): whether to return the form that fused paths take.
 
         Returns:
-            `torch.Tensor` of shape `(batch or 1, num_heads, queries, keys)`, of type float32 or wider.
+            `torch.Tensor` of shape `(batch or 1, num_heads, queries, keys)`, of type float32 or wider; or a
+            [`PiecewiseBias`].
         """
         with maybe_autocast(device_type=positions.query.device.type, enabled=False):
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-            return self.compute(positions, torch.promote_types(dtype, torch.float32)).movedim(-1, 1)
+            dtype = torch.promote_types(dtype, torch.float32)
+            if piecewise:
+                return self.pieces(positions, dtype)
+            return self.compute(positions, dtype).movedim(-1, 1)
 
     def _apply(self, fn, recurse=True):
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,6 +318,7 @@ class FirePositionBias(PositionBias):
         self.eps, self.transform = eps, transform
         self.progressive, self.threshold = progressive, threshold
         self.hidden_width = mlp_width
+        self._memory: dict = {}  # of inference, see `remember`
         self._initial_c, self._initial_L = float(init_c), float(init_L)
 
         start_hidden, start_middle, start_output = uniform_start, uniform_start, uniform_start
@@ -268,13 +359,7 @@ class FirePositionBias(PositionBias):
 
     def psi(self, x: torch.Tensor) -> torch.Tensor:
         """The monotone transform of a distance `x >= 0`."""
-        if self.transform == "identity":
-            return x
-        c = self.c.to(x.dtype).abs()
-        if self.transform == "log":
-            return torch.log1p(c * x)  # log(1 + c x) loses every digit when c x is below the spacing of floats at 1
-        # x ** c has no finite gradient in c at x = 0, where it is 0 for every c.
-        return torch.where(x > 0, torch.where(x > 0, x, 1).log().mul(c).exp(), 0)
+        return psi(x, self.c.to(x.dtype).abs() if self.c is not None else None, self.transform)
 
     def normalizer(self, absolute: torch.Tensor) -> torch.Tensor | None:
         """The denominator of each query at `absolute` (a float tensor), or `None` where the options leave none."""
@@ -291,6 +376,75 @@ class FirePositionBias(PositionBias):
         if normalizer is not None:
             x = x / normalizer[:, :, None]
         return self.mlp(x[..., None])
+
+    @property
+    def is_piecewise(self) -> bool:
+        return len(self.mlp) == 3 and isinstance(self.mlp[1], nn.ReLU)
+
+    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        constants = self.remember("constants", partial(self.constants, dtype)) if inference else self.constants(dtype)
+        knots, slope, offset, c, length, scale = constants
+        absolute = positions.absolute.to(dtype)
+        if not self.progressive:
+            row_scale, shared = scale.expand_as(absolute), torch.ones_like(absolute, dtype=torch.bool)
+        elif length is None:
+            row_scale = 1 / (psi(absolute, c, self.transform) + self.eps)
+            shared = torch.zeros_like(absolute, dtype=torch.bool)
+        else:
+            # The queries before L share its normaliser. One *at* L does not: there `maximum` splits the gradient.
+            shared = absolute < length
+            beyond = 1 / (psi(torch.maximum(absolute, length), c, self.transform) + self.eps)
+            row_scale = torch.where(shared, scale, beyond)
+        table = None
+        if inference and absolute.shape[1] == 1 and absolute.device.type == "cpu" and scale is not None:
+            # One token after the other: room for twice as many keys before it has to be computed again.
+            size = 2 ** positions.key.shape[1].bit_length()
+            table = self.remember(size, partial(self.table, size, knots, slope, offset, c, scale))
+        return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
+
+    def constants(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """Knots, slopes, offsets, `c`, `L`, and the scale of the queries before `L`: what parameters alone decide."""
+        knots, slope, offset = relu_pieces(*self.mlp[0](), *self.mlp[2]())
+        c = slope.new_ones(1) if self.c is None else self.c.to(dtype).abs()
+        length, scale = None, None
+        if self.threshold:
+            length = (self.L_multiplier * self.init_L).abs().to(dtype)
+            scale = 1 / (psi(length, c, self.transform) + self.eps)
+        elif not self.progressive:
+            scale = slope.new_ones(1)
+        return knots, slope, offset, c, length, scale
+
+    def table(
+        self,
+        size: int,
+        knots: torch.Tensor,
+        slope: torch.Tensor,
+        offset: torch.Tensor,
+        c: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """The bias of the queries before `L` at the distances `size - 1, ..., 0`: `(num_heads, size)`."""
+        x = psi(torch.arange(size - 1, -1, -1, dtype=c.dtype), c, self.transform) * scale
+        segments = torch.bucketize(x, knots)
+        return slope[:, segments] * x + offset[:, segments]
+
+    def remember(self, name: str | int, compute: Callable) -> Any:
+        """What `compute` returned under this `name` since a parameter last changed."""
+        parameters = [p for module in (self, self.mlp[0], self.mlp[2]) for p in module._parameters.values()]
+        parameters = [parameter for parameter in parameters if parameter is not None]
+        if any(isinstance(parameter, DTensor) or parameter.is_inference() for parameter in parameters):
+            return compute()
+        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self._memory.get("state") != state:
+            self._memory = {"state": state}
+        if name not in self._memory:
+            self._memory[name] = compute()
+        return self._memory[name]
+
+    def train(self, mode: bool = True) -> "FirePositionBias":
+        self._memory = {}  # sharded training changes values in place, without a new version
+        return super().train(mode)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name in ("c", "L_multiplier", "init_L"):
@@ -402,6 +556,10 @@ class AlibiPositionBias(PositionBias):
         slopes = alibi_slopes(self.num_heads, positions.query.device).to(dtype)
         return -positions.distance().to(dtype)[..., None] * slopes
 
+    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+        slopes = alibi_slopes(self.num_heads, positions.query.device).to(dtype)
+        return PiecewiseBias.straight(-slopes, "identity", positions.query)
+
 
 def clamp_value(parameter: torch.Tensor, low: float, high: float | None = None) -> torch.Tensor:
     """`clamp` that lets the gradient pass, so that a parameter that has left its range can come back."""
@@ -431,13 +589,17 @@ class KerplePositionBias(PositionBias):
         init.uniform_(self.r2, 0.0, 1.0)
 
     def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
-        distance = positions.distance().to(dtype)[..., None]
+        r1, r2 = self.clamped(dtype)
+        return -r1 * psi(positions.distance().to(dtype)[..., None], r2, self.variant)
+
+    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+        r1, r2 = self.clamped(dtype)
+        return PiecewiseBias.straight(-r1, self.variant, positions.query, r2)
+
+    def clamped(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`r1` and `r2` within their ranges."""
         r1 = clamp_value(self.r1.to(dtype), 0.01)
-        r2 = clamp_value(self.r2.to(dtype), 0.01, None if self.variant == "log" else 2.0)
-        if self.variant == "log":
-            return -r1 * torch.log1p(r2 * distance)
-        safe = distance.clamp(min=1)  # at distance 0 the power has no finite gradient in r2
-        return torch.where(distance > 0, -r1 * safe.log().mul(r2).exp(), 0)
+        return r1, clamp_value(self.r2.to(dtype), 0.01, None if self.variant == "log" else 2.0)
 
 
 class T5PositionBias(PositionBias):

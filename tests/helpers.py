@@ -27,7 +27,7 @@ def tiny_config(**changes) -> FireConfig:
     return FireConfig(**{**fields, **changes})
 
 
-def tiny_model(model_class=FireForCausalLM, seed: int = 0, attn_implementation: str = "sdpa", **changes):
+def tiny_model(model_class=FireForCausalLM, seed: int = 0, attn_implementation: str | None = None, **changes):
     """A randomly initialised model in evaluation mode, the same for the same `seed`."""
     torch.manual_seed(seed)
     config = tiny_config(**changes)

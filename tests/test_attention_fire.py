@@ -211,7 +211,7 @@ def model_and_logits(name: str, scenario: str, **changes):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("position_bias", ["fire", "alibi", "none"])
 def test_implementations_agree(scenario, position_bias):
-    tolerance = {"fire": 1e-10, "alibi": 1e-6, "none": 1e-10}[position_bias]  # ALiBi has no parameters: it is float32
+    tolerance = {"fire": 1e-10, "alibi": 1e-5, "none": 1e-10}[position_bias]  # ALiBi has no parameters: it is float32
     changes = {"position_bias": position_bias, "num_key_value_heads": 1}
     with torch.no_grad():
         expected, *others = (model_and_logits(name, scenario, **changes)[1] for name in SUPPORTED_ATTENTION)
@@ -222,11 +222,12 @@ def test_implementations_agree(scenario, position_bias):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("shared", [True, False])
-def test_eager_and_sdpa_agree_in_every_gradient(scenario, shared):
+@pytest.mark.parametrize("name", ["fire", "sdpa"])
+def test_every_gradient_is_that_of_the_plain_formula(name, scenario, shared):
     weights = torch.randn(2, LENGTH, 99, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradients = []
-    for name in ("eager", "sdpa"):
-        model, logits = model_and_logits(name, scenario, fire_share_layers=shared)
+    for implementation in ("eager", name):
+        model, logits = model_and_logits(implementation, scenario, fire_share_layers=shared)
         (logits * weights).sum().backward()
         gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
     for key, expected in gradients[0].items():
@@ -244,6 +245,17 @@ def test_no_token_sees_the_ones_ahead_however_large_their_bias(name, dtype):
     ids = random_ids(1, 60)
     other = torch.cat([ids[:, :30], random_ids(1, 30, seed=1)], dim=1)
     assert torch.equal(model(ids).logits[:, :30], model(other).logits[:, :30])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("changes", [{"position_bias": "t5"}, {"fire_activation": "gelu"}, {"fire_mlp_depth": 2}])
+@torch.no_grad()
+def test_what_is_not_piecewise_linear_takes_blocks(monkeypatch, scenario, changes):
+    expected = model_and_logits("eager", scenario, **changes)[1]
+    limit_rows(monkeypatch, 3)
+    monkeypatch.setattr(attention_fire, "fused_attention", None)
+    actual = model_and_logits("fire", scenario, **changes)[1]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 # Blocks of queries
@@ -267,7 +279,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, scenario, rows):
 
 @torch.no_grad()
 def test_blocks_of_queries_in_a_static_cache(monkeypatch):
-    model, ids = tiny_model(norm_type="layer_norm").double(), random_ids(2, LENGTH)
+    model, ids = tiny_model(attn_implementation="sdpa", norm_type="layer_norm").double(), random_ids(2, LENGTH)
     expected = model(ids).logits
     limit_rows(monkeypatch, 3, keys=20)
     cache = StaticCache(config=model.config, max_cache_len=20)
@@ -288,7 +300,8 @@ class LargestTensor(TorchDispatchMode):
 
 def gradients_of_blocks(monkeypatch, rows: int, dropout: float) -> dict[str, torch.Tensor]:
     limit_rows(monkeypatch, rows)
-    model, ids = tiny_model(attention_dropout=dropout).double().train(), random_ids(1, LENGTH)
+    model = tiny_model(attn_implementation="sdpa", attention_dropout=dropout).double().train()
+    ids = random_ids(1, LENGTH)
     model(ids, labels=ids).loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -311,7 +324,7 @@ def test_a_block_that_is_computed_twice_drops_the_same_twice(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 def test_no_tensor_of_queries_keys_and_heads_exists(monkeypatch, scenario, training):
     length = 256
-    model, ids = tiny_model(), random_ids(1, length)
+    model, ids = tiny_model(attn_implementation="sdpa"), random_ids(1, length)
     mask = torch.ones(1, length, dtype=torch.long)
     mask[0, : 9 if scenario == "left padding" else 0] = 0
 
@@ -328,10 +341,10 @@ def test_no_tensor_of_queries_keys_and_heads_exists(monkeypatch, scenario, train
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "fire"])
 @torch.no_grad()
 def test_masks_of_the_callers_own(name, dtype):
-    if (name, dtype) == ("sdpa", torch.long):
+    if name != "eager" and dtype == torch.long:
         pytest.skip("torch takes no integer masks, and says so")
     model, ids = tiny_model(attn_implementation=name), random_ids(2, LENGTH)
     causal = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -348,7 +361,7 @@ def test_masks_of_the_callers_own(name, dtype):
     "name", ["flash_attention_2", "flash_attention_3", "paged|eager", "kernels-community/flash-attn"]
 )
 def test_an_implementation_that_drops_the_bias_is_refused(name):
-    model = tiny_model()
+    model = tiny_model(attn_implementation="sdpa")
     config = tiny_config()
     config._attn_implementation = name
     for attempt in (
@@ -363,9 +376,10 @@ def test_an_implementation_that_drops_the_bias_is_refused(name):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_sdpa_is_the_default_and_can_be_changed():
+def test_the_fused_path_is_the_default_where_there_is_a_bias():
+    assert FireForCausalLM(tiny_config(position_bias="none")).config._attn_implementation == "sdpa"
     model, ids = FireForCausalLM(tiny_config()).eval(), random_ids(1, LENGTH)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "fire"
     expected = model(ids)
     assert expected.attentions is None
     model.set_attn_implementation("eager")
@@ -382,7 +396,7 @@ def test_eager_returns_attentions():
         assert not layer.triu(1).any()
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "fire"])
 def test_dropout_is_active_in_training_only(name):
     model, ids = tiny_model(attn_implementation=name, attention_dropout=0.5), random_ids(2, LENGTH)
     expected = tiny_model(attn_implementation=name)(ids).logits

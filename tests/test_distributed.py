@@ -176,7 +176,7 @@ TENSOR_PARALLEL = pytest.mark.parametrize(
 
 @TENSOR_PARALLEL
 def test_tensor_parallel(on_both_ranks, save, changes):
-    on_both_ranks(check_tensor_parallel, save(**changes), changes.get("attn_implementation", "sdpa"))
+    on_both_ranks(check_tensor_parallel, save(**changes), changes.get("attn_implementation", "fire"))
 
 
 @TENSOR_PARALLEL
@@ -184,7 +184,7 @@ def test_tensor_parallel(on_both_ranks, save, changes):
 @needs_transformers("5.22", "transformers did not sum the gradients of the position bias over the ranks")
 def test_tensor_parallel_gradients(on_both_ranks, save, changes, model_class):
     folder = save(model_class, **changes)
-    on_both_ranks(check_tensor_parallel_gradients, folder, model_class, changes.get("attn_implementation", "sdpa"))
+    on_both_ranks(check_tensor_parallel_gradients, folder, model_class, changes.get("attn_implementation", "fire"))
 
 
 def check_steps(model, reference):

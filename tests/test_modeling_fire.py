@@ -18,7 +18,13 @@ from transformers import (
     cache_utils,
 )
 
-from modeling_fire import FireForCausalLM, FireForSequenceClassification, FireForTokenClassification, FireModel
+from modeling_fire import (
+    FireForCausalLM,
+    FireForSequenceClassification,
+    FireForTokenClassification,
+    FireModel,
+    attention_fire,
+)
 
 
 LENGTH = 24
@@ -117,7 +123,7 @@ def test_right_padded_prompts_can_be_continued(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention", "fire"])
 @pytest.mark.parametrize("use_cache", [False, True])
 @torch.compiler.set_stance("force_eager")  # compiling FlexAttention takes a minute
 def test_packed_documents_equal_separate_ones(attn_implementation, use_cache):
@@ -216,7 +222,7 @@ GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None
     ],
     ids=["dynamic", "none", "static", "chunked-prefill", "prompt-lookup"],
 )
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "fire"])
 def test_greedy_generation(options, attn_implementation, prompt):
     model = tiny_model(attn_implementation=attn_implementation)
     if "prompt_lookup_num_tokens" in options:
@@ -283,7 +289,10 @@ def test_continuous_batching():
         with pytest.raises(ValueError, match="would drop the position bias"):
             model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
         return
-    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+    with mock.patch.object(attention_fire, "fused_attention", wraps=attention_fire.fused_attention) as fused:
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+    assert fused.called
+    assert model.config._attn_implementation == "fire"
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     assert [by_prompt[tuple(p)] for p in prompts] == expected
 

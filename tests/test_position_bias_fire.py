@@ -239,7 +239,7 @@ def test_f_starts_as_a_straight_line_beyond_the_training_length(mlp_depth, trans
 def test_a_uniform_start_is_that_of_linear_layers():
     for layer in FirePositionBias(64, 64, init_f="uniform", mlp_depth=2).mlp[::2]:
         for parameter in layer.parameters():
-            assert 0.9 < parameter.abs().max() * layer.in_features**0.5 <= 1
+            assert 0.9 < parameter.abs().max() * layer.weight.shape[1] ** 0.5 <= 1
 
 
 # Numerics
@@ -495,7 +495,7 @@ def test_t5_as_fire(num_heads, max_length):
 
 
 def test_t5_as_fire_fits_the_usual_width():
-    assert FirePositionBias.from_t5(torch.randn(32, 2), 128).mlp[0].out_features <= 47
+    assert FirePositionBias.from_t5(torch.randn(32, 2), 128).mlp[0].weight.shape[0] <= 47
 
 
 # Construction
@@ -540,7 +540,7 @@ def test_fire_is_built_with_every_field_of_the_configuration():
     )
     bias = build_position_bias(config)
     assert [type(layer) for layer in bias.mlp][1::2] == [nn.GELU, nn.GELU]
-    assert [layer.out_features for layer in bias.mlp[::2]] == [5, 5, 4]
+    assert [len(layer.bias) for layer in bias.mlp[::2]] == [5, 5, 4]
     assert [bias.c.item(), bias.init_L.item()] == pytest.approx([0.3, 21.0])
     assert (bias.transform, bias.eps, bias.progressive, bias.threshold) == ("power", 1e-3, False, True)
     hidden = build_position_bias(tiny_config(fire_init_c=0.1, fire_init_L=99.0, max_position_embeddings=64)).mlp[0]
@@ -565,3 +565,35 @@ def test_fire_is_built_with_every_field_of_the_configuration():
 def test_errors_name_the_argument(construct, argument):
     with pytest.raises(ValueError, match=f"`{argument}`"):
         construct()
+
+
+@torch.no_grad()
+def test_what_inference_remembers_follows_the_parameters():
+    torch.manual_seed(0)
+    bias, other = FirePositionBias(2, init_L=9.0).eval(), FirePositionBias(2, init_L=9.0, init_f="uniform").eval()
+    positions = FirePositions.arange(1, past=5)
+
+    def pieces(module: FirePositionBias) -> list[torch.Tensor]:
+        found = module(positions, piecewise=True)
+        return [*found.tensors, found.table]
+
+    assert pieces(bias)[1] is pieces(bias)[1], "worked out once"
+    for change in (
+        lambda: bias.load_state_dict(other.state_dict()),
+        lambda: bias.c.mul_(2),
+        lambda: bias.mlp[2].weight.add_(1),
+        lambda: setattr(bias.L_multiplier, "data", bias.L_multiplier.data * 3),
+        lambda: (bias.mlp[0].weight.data.mul_(2), bias.eval()),
+    ):
+        before = pieces(bias)
+        change()
+        after, fresh = pieces(bias), pieces(copy.deepcopy(bias).train().eval())
+        assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(fresh, after, strict=True))
+
+
+@torch.no_grad()
+def test_the_table_of_inference_is_the_dense_bias():
+    bias = FirePositionBias(2, init_L=9.0).eval()
+    table = bias(FirePositions.arange(1, past=5), piecewise=True).table
+    torch.testing.assert_close(table[:, -6:], bias(FirePositions.arange(1, past=5))[0, :, 0], rtol=1e-5, atol=1e-6)

@@ -115,6 +115,14 @@ class FireModelTest(
     def test_tp_backward(self):
         super().test_tp_backward()
 
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        # Theirs takes "sdpa" for the default of every model that supports it; here "fire" is.
+        for model_class in self.all_model_classes:
+            config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+            for name in ("sdpa", "eager", "fire"):
+                model = model_class._from_config(config, attn_implementation=name)
+                assert {layer.self_attn.config._attn_implementation for layer in model.base_model.layers} == {name}
+
 
 class FireEveryOptionTest(FireModelTest):
     model_tester_class = FireEveryOptionTester

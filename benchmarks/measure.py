@@ -1,0 +1,102 @@
+"""Time and memory of functions, side by side in one process."""
+
+import ctypes
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What a result has to be read with."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_json(path: Path, result: dict, device: str) -> None:
+    """Writes a result with the command and the machine it came from; what was there goes when all is written."""
+    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(device), **result}
+    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    """
+    Seconds of each call, in rounds: every function once a round, so that whatever else the machine does meets all of
+    them alike.
+
+    Args:
+        functions (`Mapping[str, Callable[[], object]]`): what to time.
+        device (`str`): `"cpu"` or `"cuda"`.
+        seconds (`float`): about how long to go on; three rounds at least, and a first one that does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    start, rounds = time.perf_counter(), 0
+    with tqdm(total=seconds, unit="s", leave=False, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}s") as progress:
+        while rounds < 4 or time.perf_counter() - start < seconds:
+            for name, function in functions.items():
+                synchronize(device)
+                begin = time.perf_counter()
+                function()
+                synchronize(device)
+                if rounds:
+                    times[name].append(time.perf_counter() - begin)
+            rounds += 1
+            progress.update(min(time.perf_counter() - start, seconds) - progress.n)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
+    """The median over the rounds of how many times as long `name` took as `to`."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def peak_memory(function: Callable[[], object], device: str) -> float:
+    """MiB that a call adds to what is allocated before it: of GPU memory, or of the process (Linux)."""
+    function()  # what is allocated once, such as workspaces and compiled code, does not count
+    synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        function()
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory of earlier calls would serve this one, unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = process_memory("VmRSS")
+    function()
+    return process_memory("VmHWM") - before
+
+
+def process_memory(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)

@@ -1,0 +1,256 @@
+"""
+Compiles every shipped configuration of the Triton kernels for given GPUs, without a GPU, and reads the machine code.
+
+    python benchmarks/offline_compile.py [--arch 80 90 100] [--kernel forward ...] [--head_dim 64 ...]
+
+For each: registers, bytes of stack, accesses to it (spills) in the loop over tiles, shared memory; and how many
+instructions a lane issues for each element of a tile, of which how many are special functions, on the shortest way
+around that loop, which is the way of a tile without knots or mask. Exits with 1 if a loop over tiles spills, or a
+kernel wants more shared memory than the GPU has. Of time it says nothing: nothing is run.
+"""
+
+import argparse
+import heapq
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_fire import triton_fire
+from modeling_fire.triton_fire import HEAD_DIMS, Blocks, block_sizes, power_of_two
+
+
+# Bytes of shared memory that one block may use.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KERNELS = {
+    "forward": triton_fire._forward_kernel,
+    "query": triton_fire._query_gradient_kernel,
+    "key": triton_fire._key_gradient_kernel,
+    "decode": triton_fire._decode_kernel,
+    "plan": triton_fire._plan_kernel,
+    "delta": triton_fire._delta_kernel,
+    "combine": triton_fire._combine_kernel,
+}
+INTEGER_POINTERS = {"ROWS": "*i32", "BLOCKS": "*i32", "EDGES": "*i32", "KEYS": "*i64", "VISIBLE": "*i1"}
+INTEGER_POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64"}
+DATA_POINTERS = {"Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"}
+MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    blocks: Blocks
+    transform: str = "log"
+    general: bool = False
+    knots: int = 32
+
+
+class Loop(NamedTuple):
+    """A loop of a kernel: where it is, its instructions by name, and those on the shortest way around it."""
+
+    place: range
+    body: Counter
+    shortest: Counter
+
+
+class Code(NamedTuple):
+    """What a compilation came to."""
+
+    registers: int
+    stack: int
+    shared: int
+    hot_loops: list[Loop]
+
+    def spills(self) -> int:
+        """Local memory accesses in hot loops."""
+        return sum(loop.body["STL"] + loop.body["LDL"] for loop in self.hot_loops)
+
+
+def shipped_cases(arch: int) -> Iterator[Case]:
+    """Every entry of the tables of block sizes, in the commonest form of the kernel; and the small kernels."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for kernel in ("forward", "query", "key", "decode"):
+            for head_dim in HEAD_DIMS:
+                yield Case(kernel, arch, name, head_dim, block_sizes(kernel, dtype, head_dim, arch // 10))
+    for kernel in ("plan", "delta", "combine"):
+        yield Case(kernel, arch, "bf16", 64, Blocks(128, 64, 4, 1))
+
+
+def compile_case(case: Case) -> Any:
+    """The kernel as Triton compiles it for bias gradients, GQA off, tensors aligned to 16 bytes."""
+    function = KERNELS[case.kernel]
+    constants: dict[str, Any] = {
+        "TRANSFORM": case.transform,
+        "GENERAL": case.general,
+        "FAST": True,
+        "BIAS_GRAD": True,
+        "C_PER_HEAD": False,
+        "HEAD_DIM": case.head_dim,
+        "ROW_BLOCK": case.blocks.rows,
+        "COLUMN_BLOCK": case.blocks.columns,
+        "DIM_BLOCK": power_of_two(case.head_dim),
+        "KNOT_BLOCK": power_of_two(case.knots),
+        "SEGMENT_BLOCK": power_of_two(case.knots + 1),
+        "GROUP_BLOCK": 16,
+        "SPLIT_BLOCK": 64,
+        "SCAN_BLOCK": 128,
+    }
+    if not case.general:
+        constants |= {"KEYS": None, "VISIBLE": None}
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+            continue
+        if name.isupper():
+            data = f"*{case.dtype}" if name in DATA_POINTERS else "*fp32"
+            signature[name] = INTEGER_POINTERS.get(name, data)
+        else:
+            signature[name] = "fp32" if name in ("scaling", "tolerance") else "i32"
+        if name.isupper() or name.endswith(("_batch", "_head", "_row")):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, values, attributes)
+    options = {"num_warps": case.blocks.warps, "num_stages": case.blocks.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """What one of the tools that come with Triton prints."""
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read_code(compiled: Any) -> Code:
+    """Registers, stack and loops from the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        listing = tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
+    return Code(registers, stack, compiled.metadata.shared, hot_loops(find_loops(listing)))
+
+
+def hot_loops(loops: list[Loop]) -> list[Loop]:
+    """The innermost loops with both products of attention; on CUDA cores (float32), with many multiply-adds."""
+    hot = [loop for loop in loops if sum(loop.body[name] for name in MATRIX_INSTRUCTIONS) > 1]
+    hot = hot or [loop for loop in loops if loop.shortest["FFMA"] > 100]
+    hot = [loop for loop in hot if loop.shortest]
+    return [loop for loop in hot if not any(set(other.place) < set(loop.place) for other in hot)]
+
+
+def find_loops(listing: str) -> list[Loop]:
+    """The loops of a listing: from the target of each backward branch to the branch."""
+    names: list[str] = []
+    targets: dict[int, str] = {}
+    labels: dict[str, int] = {}
+    always: set[int] = set()
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(names)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?(.*?);", line):
+            predicate, text = instruction.groups()
+            name = text.split()[0]
+            if (target := re.search(r"(\.L_x_\d+)", text)) and name.startswith("BRA"):
+                targets[len(names)] = target.group(1)
+                # A branch on a condition may name its predicate as an operand.
+                if predicate is None and not re.search(r"!?U?P\d", text):
+                    always.add(len(names))
+            if name.startswith("EXIT") and predicate is None:
+                always.add(len(names))
+            names.append(name if name.startswith("MUFU") else name.split(".")[0])
+    loops = []
+    for branch, label in targets.items():
+        if labels[label] < branch:
+            inside = range(labels[label], branch + 1)
+            way = shortest_way(labels[label], branch, targets, labels, always)
+            loops.append(Loop(inside, Counter(names[i] for i in inside), Counter(names[i] for i in way)))
+    return loops
+
+
+def shortest_way(start: int, end: int, targets: dict[int, str], labels: dict[str, int], always: set[int]) -> list[int]:
+    """The instructions on the way from `start` to `end` that passes the fewest."""
+    queue, came_from = [(0, start, start)], {}
+    while queue:
+        length, at, previous = heapq.heappop(queue)
+        if at in came_from:
+            continue
+        came_from[at] = previous
+        if at == end:
+            break
+        following = [] if at in always else [at + 1]
+        if at in targets:
+            following.append(labels[targets[at]])
+        for after in following:
+            if start <= after <= end and after not in came_from:
+                heapq.heappush(queue, (length + 1, after, at))
+    way = [end]
+    while way[-1] != start:
+        if way[-1] not in came_from:
+            return []
+        way.append(came_from[way[-1]])
+    return way
+
+
+def describe(case: Case, code: Code) -> str:
+    """One line of the table."""
+    elements = case.blocks.rows * case.blocks.columns / (32 * case.blocks.warps)
+    if case.kernel == "decode":
+        elements = 16 * case.blocks.columns / (32 * case.blocks.warps)
+    loops = []
+    for loop in code.hot_loops:
+        way = loop.shortest
+        special = sum(count for name, count in way.items() if name.startswith("MUFU"))
+        loops.append(f"{way.total() / elements:.1f} ({special / elements:.2f})")
+    blocks = f"{case.blocks.rows}x{case.blocks.columns}"
+    return (
+        f"sm_{case.arch:<4} {case.kernel:8} {case.dtype:5} {case.head_dim:>4} {blocks:>8} {case.blocks.warps:>3}"
+        f" {case.blocks.stages:>3} {code.registers:>5} {code.stack:>6} {code.spills():>6} {code.shared:>7}  "
+        + ", ".join(loops)
+    )
+
+
+HEADER = (
+    "arch    kernel   dtype  dim     tile   w  st  regs  stack spills  shared"
+    "  instructions an element (special functions)"
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--head_dim", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"])
+    options = parser.parse_args()
+    print(HEADER)
+    bad = 0
+    for arch in options.arch:
+        for case in shipped_cases(arch):
+            if case.kernel not in options.kernel or case.head_dim not in options.head_dim:
+                continue
+            if case.dtype not in options.dtype:
+                continue
+            code = read_code(compile_case(case))
+            wrong = code.spills() > 0 or code.shared > SHARED_MEMORY[arch]
+            bad += wrong
+            print(describe(case, code) + ("  <-- does not fit" if wrong else ""), flush=True)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

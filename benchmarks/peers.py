@@ -1,0 +1,130 @@
+"""
+Ways to compute causal attention with FIRE, and what it is compared with.
+
+Each takes `query`, `key`, `value` of shape `(batch, heads, length, head_dim)` and a `FirePositionBias`, and returns
+the output. All but those without a bias return the same.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from modeling_fire import FirePositionBias, FirePositions, fire_attention
+from modeling_fire.attention_fire import piecewise_bias
+from modeling_fire.operator_fire import fused_attention
+
+
+def fire(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """The fused path."""
+    return fire_attention(query, key, value, bias)
+
+
+def fire_without_bias(query, key, value, bias) -> torch.Tensor:
+    """The fused path with a bias of nought."""
+    positions = FirePositions.arange(query.shape[2], query.device)
+    pieces = piecewise_bias(None, None, positions, query)
+    return fused_attention(query, key, value, pieces, positions, query.shape[-1] ** -0.5)
+
+
+def sdpa(query, key, value, bias) -> torch.Tensor:
+    """PyTorch's causal attention without a bias: the limit."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def rope_sdpa(query, key, value, bias) -> torch.Tensor:
+    """Rotary embeddings, then PyTorch's causal attention."""
+    length, head_dim = query.shape[2:]
+    frequencies = 10000 ** -(torch.arange(0, head_dim, 2, device=query.device) / head_dim)
+    angles = torch.arange(length, device=query.device)[:, None] * frequencies.repeat(2)
+    cos, sin = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return sdpa(rotate(query), rotate(key), value, bias)
+
+
+def listing_bias(length: int, bias: FirePositionBias) -> torch.Tensor:
+    """The bias as public code computes it, the whole square at once: `(heads, length, length)`."""
+    index = torch.arange(length, device=bias.c.device)
+    distance = (index[:, None] - index).clamp(min=0).float()
+    threshold = (bias.L_multiplier * bias.init_L).abs()
+    normalizer = torch.log1p(bias.c.abs() * torch.maximum(index.float(), threshold))[:, None] + bias.eps
+    return bias.mlp((torch.log1p(bias.c.abs() * distance) / normalizer)[..., None]).permute(2, 0, 1)
+
+
+def listing(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """The plain formula: scores, bias, mask, softmax."""
+    length = query.shape[2]
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + listing_bias(length, bias)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).to(query.dtype) @ value
+
+
+def sdpa_dense(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """PyTorch's attention with the dense bias as its mask."""
+    length = query.shape[2]
+    hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    mask = listing_bias(length, bias).masked_fill(hidden, -torch.inf)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype)[None])
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+@cache
+def causal_blocks(length: int, device: torch.device):
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
+
+
+def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """
+    PyTorch's FlexAttention, compiled, with the pieces of the bias as captured tables: a table of psi by distance, and
+    one hinge for each knot. Tables that ask for gradients get them.
+    """
+    length = query.shape[2]
+    pieces = bias(FirePositions.arange(length, query.device), piecewise=True)
+    table = torch.log1p(pieces.c * torch.arange(length, device=query.device))
+    # Only knots that some distance reaches: x is at most 1.
+    below, above = int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum())
+    scale, knots, steps = pieces.row_scale[0], pieces.knots[below:above], pieces.slope.diff(dim=1)[:, below:above]
+    first, start = pieces.slope[:, below].contiguous(), pieces.offset[:, below].contiguous()
+    knots, steps = knots.contiguous(), steps.contiguous()
+
+    def add_bias(score, b, head, i, j):
+        x = table[(i - j).clamp(min=0)] * scale[i]
+        score = score + start[head] + first[head] * x
+        for k in range(knots.shape[0]):
+            score = score + steps[head, k] * (x - knots[k]).clamp(min=0)
+        return score
+
+    blocks = causal_blocks(length, query.device)
+    return compiled_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
+
+
+def flex_constant(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """The same with tables that do not learn."""
+    with torch.no_grad():
+        frozen = bias(FirePositions.arange(query.shape[2], query.device), piecewise=True)
+    return flex(query, key, value, lambda positions, piecewise: frozen)  # type: ignore[arg-type]
+
+
+PEERS: dict[str, Callable] = {
+    "FIRE, fused": fire,
+    "same code, no bias": fire_without_bias,
+    "SDPA, no bias": sdpa,
+    "RoPE + SDPA": rope_sdpa,
+    "FlexAttention, FIRE": flex,
+    "FlexAttention, constant": flex_constant,
+    "SDPA, dense FIRE": sdpa_dense,
+    "plain listing": listing,
+}
+WITHOUT_BIAS = ("same code, no bias", "SDPA, no bias", "RoPE + SDPA")
+# PyTorch's FlexAttention has no backward on CPU.
+FORWARD_ONLY_ON_CPU = ("FlexAttention, FIRE", "FlexAttention, constant")
+# Their memory grows with the square of the length.
+QUADRATIC = ("SDPA, dense FIRE", "plain listing")

@@ -1,0 +1,164 @@
+"""
+Attention with a piecewise-linear position bias on a CPU: plain PyTorch operators, linear memory, exact gradients.
+
+Queries are worked through in chunks of rows; see `cpu_chunks_fire.py` for where the bias of a chunk comes from.
+"""
+
+import math
+from itertools import product
+
+import torch
+
+from .cpu_chunks_fire import BiasGradient, Call, Scratch
+from .piecewise_fire import PiecewiseBias
+from .position_bias_fire import FirePositions
+
+
+# Rows of a chunk. More of them waste more of the blocks on the diagonal, fewer make the matrix products slower.
+FORWARD_ROWS = 192
+BACKWARD_ROWS = 128
+# Scores held at a time, unless a chunk of one head has more: they should stay in the cache.
+MAX_SCORES = 2**20
+# The backward pass works with powers of two: on a CPU they are several times as fast as those of e.
+LOG2_E = math.log2(math.e)
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: PiecewiseBias,
+    positions: FirePositions,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `softmax(scaling q k + bias) v`.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): floating point of any width.
+        key, value (`torch.Tensor` of shape `(batch, kv_heads, keys, head_dim)`): `kv_heads` divides `heads`.
+        bias ([`PiecewiseBias`]): used in float32, or in float64 beside a `query` in float64.
+        positions ([`FirePositions`]): with `first` and `last`.
+        scaling (`float`): of the products of queries and keys.
+
+    Returns:
+        The output in shape and type of `query`, and the log-sum-exp `(batch, heads, queries)` of the scores in the
+        type that the bias is used in. A query that sees nothing gets 0 and minus infinity.
+    """
+    batch, num_heads, num_queries, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    groups = num_heads // num_kv_heads
+    bias = working_bias(bias, query)
+    output = query.new_zeros(batch, num_queries, num_heads, head_dim).transpose(1, 2)
+    lse = bias.slope.new_full((batch, num_heads, num_queries), -torch.inf)
+    scratch = Scratch(bias.slope)
+    for chunk in Call(bias, positions, batch, key.shape[2], FORWARD_ROWS).chunks():
+        items, rows, keys = slice(chunk.items.start, chunk.items.stop), chunk.rows, chunk.keys
+        for kv in kv_slices(num_kv_heads, 0 if chunk.is_view else groups * chunk.scores):
+            heads = slice(kv.start * groups, kv.stop * groups)
+            k, v, mask = key[items, kv, keys], value[items, kv, keys], chunk.bias(heads, scratch)
+            result, sums = attend(query[items, heads, rows], k, v, mask, scaling)
+            if chunk.blind is not None:
+                result, sums = result.masked_fill(chunk.blind[:, None], 0), sums.masked_fill(chunk.blind, -torch.inf)
+            output[items, heads, rows], lse[items, heads, rows] = result, sums
+    return output, lse
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of one chunk. The rows of `mask`, of shape `(heads, rows, keys)`, begin with the last."""
+    sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if query.shape[2] > 1:
+        output, lse = sdpa(query.flip(2), key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+        return output.flip(2), lse.flip(2)
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return sdpa(query, key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+    # The query heads of one kv head read the same keys: as rows of one head they read them once.
+    query, mask = (x.squeeze(-2).unflatten(-2, (-1, groups)) for x in (query, mask))
+    output, lse = sdpa(query, key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+    return output.flatten(1, 2).unsqueeze(2), lse.flatten(1).unsqueeze(2)
+
+
+def backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    bias: PiecewiseBias,
+    positions: FirePositions,
+    scaling: float,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    """
+    The gradients of `query`, `key`, `value` and of the `slope`, `offset`, `c` and `row_scale` of the bias.
+
+    Args:
+        grad_output (`torch.Tensor`): gradient of `output`.
+        output, lse (`torch.Tensor`): what `forward` returned.
+        bias_grad (`bool`): whether to compute the last four, which are zeros otherwise.
+        The others as in `forward`.
+    """
+    batch, num_heads = query.shape[:2]
+    num_kv_heads = key.shape[1]
+    groups = num_heads // num_kv_heads
+    types = query.dtype, key.dtype, value.dtype
+    bias_fields = bias.slope, bias.offset, bias.c, bias.row_scale
+    bias = working_bias(bias, query)
+    gradient = BiasGradient(bias)
+
+    dtype = bias.slope.dtype
+    query, key, value, grad_output = (x.to(dtype) for x in (query, key, value, grad_output))
+    delta = torch.linalg.vecdot(grad_output, output.to(dtype))[..., None]
+    # For a row that saw nothing, so that its probabilities come out as zeros.
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf).mul_(LOG2_E)[..., None]
+    grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
+    probabilities, grad_scores = Scratch(query), Scratch(query)
+
+    for chunk in Call(bias, positions, batch, key.shape[2], BACKWARD_ROWS, unit=LOG2_E).chunks():
+        rows, keys, width = chunk.rows, chunk.keys, chunk.num_keys
+        slices = kv_slices(num_kv_heads, 2 * chunk.scores)
+        for item, group, kv in product(chunk.items, range(groups), slices):
+            # Query head h attends to kv head h // groups.
+            heads = slice(kv.start * groups + group, (kv.stop - 1) * groups + group + 1, groups)
+            q, g, row_lse, row_delta = (x[item, heads, rows].flip(1) for x in (query, grad_output, lse, delta))
+            k, v = key[item, kv, keys], value[item, kv, keys]
+            q = q * (scaling * LOG2_E)
+            shape = (kv.stop - kv.start, chunk.num_rows, chunk.pitch)
+
+            block = probabilities.block(shape)
+            chunk.fill(block, heads, row_lse)
+            p = block[..., :width]
+            p.baddbmm_(q, k.mT).exp2_()
+            grad_value[item, kv, keys].baddbmm_(p.mT, g)
+
+            block = grad_scores.block(shape)
+            block[..., width:] = 0
+            ds = block[..., :width]
+            torch.bmm(g, v.mT, out=ds)
+            ds.sub_(row_delta).mul_(p)
+            grad_query[item, heads, rows] = torch.bmm(ds, k).flip(1)
+            grad_key[item, kv, keys].baddbmm_(ds.mT, q)
+            if bias_grad:
+                chunk.add_gradient(gradient, block, heads, item)
+
+    grad_query.mul_(scaling)
+    grad_key.mul_(1 / LOG2_E)
+    grads = [grad.to(dtype) for grad, dtype in zip((grad_query, grad_key, grad_value), types, strict=True)]
+    return *grads, *(grad.to(field.dtype) for grad, field in zip(gradient.total(), bias_fields, strict=True))
+
+
+def working_bias(bias: PiecewiseBias, query: torch.Tensor) -> PiecewiseBias:
+    """The bias in float32, or in float64 beside a `query` in float64."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    knots, slope, offset, c, row_scale = (field.detach().to(dtype) for field in bias[:5])
+    return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform, bias.table)
+
+
+def kv_slices(num_kv_heads: int, scores: int) -> list[slice]:
+    """The kv heads in slices, of so many that `scores` for each of them stay within `MAX_SCORES`."""
+    step = max(1, MAX_SCORES // max(scores, 1))
+    return [slice(start, min(start + step, num_kv_heads)) for start in range(0, num_kv_heads, step)]

@@ -1,0 +1,206 @@
+"""
+Attention with a piecewise-linear position bias as one operator: forward, backward, and the choice of the code for it.
+
+The pair is registered with `torch.library`, so that `torch.compile`, `torch.export` and activation checkpointing see
+one opaque node. The gradient of every tensor of the bias is exact; the parameters behind them, hidden layer,
+`c` and `L`, get theirs by autograd from there, on tensors that are as small as the parameters themselves.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers.utils import logging
+from transformers.utils.import_utils import is_triton_available
+
+from .cpu_fire import backward as cpu_backward
+from .cpu_fire import forward as cpu_forward
+from .piecewise_fire import PiecewiseBias
+from .position_bias_fire import FirePositions
+
+
+logger = logging.get_logger(__name__)
+
+# The largest head that the GPU kernels take.
+MAX_HEAD_DIM = 256
+
+# Remote code of several revisions may live in one process: each registers its own operators.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "fire")
+
+
+class Backend(NamedTuple):
+    """The two functions behind the operators."""
+
+    forward: Callable
+    backward: Callable
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(device_type: str, forced: str) -> str:
+    """
+    What attention with a piecewise-linear bias runs on: `"triton"`, `"cpu"`, or `"none"` where nothing is fused.
+
+    Args:
+        device_type (`str`): where the tensors are.
+        forced (`str`): one of the three, from the environment variable `FIRE_BACKEND`, or `""` to go by the device.
+    """
+    if forced not in ("", "triton", "cpu", "none"):
+        raise ValueError(f"FIRE_BACKEND must be 'triton', 'cpu' or 'none' (blocks of a dense bias), got {forced!r}.")
+    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device_type, "none")
+    if name == "triton" and not is_triton_available():
+        logger.warning_once(
+            f"FIRE: attention on {device_type} is not fused and slow, because Triton is not installed."
+        )
+        name = "none"
+    logger.info_once(f"FIRE: attention on {device_type} runs on the backend {name!r}.")
+    return name
+
+
+def backend_name(query: torch.Tensor) -> str:
+    """The backend for tensors like `query`; see [`choose_backend`]."""
+    name = choose_backend(query.device.type, os.environ.get("FIRE_BACKEND", ""))
+    if name == "triton" and (query.shape[-1] > MAX_HEAD_DIM or query.dtype == torch.float64):
+        return "none"
+    return name
+
+
+def load_backend(query: torch.Tensor) -> Backend:
+    """The functions of the backend for tensors like `query`."""
+    if backend_name(query) == "triton":
+        from .triton_fire import backward, forward
+
+        return Backend(forward, backward)
+    return Backend(cpu_forward, cpu_backward)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    knots: torch.Tensor,
+    slope: torch.Tensor,
+    offset: torch.Tensor,
+    c: torch.Tensor,
+    row_scale: torch.Tensor,
+    shared: torch.Tensor,
+    table: torch.Tensor | None,
+    query_position: torch.Tensor,
+    key_position: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    visible: torch.Tensor | None,
+    transform: str,
+    consecutive: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    See [`PiecewiseBias`] and [`FirePositions`] for the arguments after `value`.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): and
+        key, value (`torch.Tensor` of shape `(batch, key_value_heads, keys, head_dim)`): all of one dtype.
+
+    Returns:
+        The output, of the shape and dtype of `query` (`queries` before `heads` in memory), and the log-sum-exp of the
+        scores, of shape `(batch, heads, queries)`, float32 or wider. A query that sees nothing gets 0 and -inf.
+    """
+    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform, table)
+    positions = FirePositions(query_position, query_position, key_position, first, last, visible, consecutive)
+    with torch.autocast(query.device.type, enabled=False):
+        return load_backend(query).forward(query, key, value, bias, positions, scaling)
+
+
+@attention.register_fake
+def _(query, *args):
+    batch, heads, queries, head_dim = query.shape
+    output = query.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    return output, query.new_empty(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    knots: torch.Tensor,
+    slope: torch.Tensor,
+    offset: torch.Tensor,
+    c: torch.Tensor,
+    row_scale: torch.Tensor,
+    shared: torch.Tensor,
+    table: torch.Tensor | None,
+    query_position: torch.Tensor,
+    key_position: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    visible: torch.Tensor | None,
+    transform: str,
+    consecutive: bool,
+    scaling: float,
+    bias_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The gradients of `query`, `key`, `value`, `slope`, `offset`, `c` and `row_scale`; zeros for the last four unless
+    `bias_grad`.
+    """
+    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform, table)
+    positions = FirePositions(query_position, query_position, key_position, first, last, visible, consecutive)
+    with torch.autocast(query.device.type, enabled=False):
+        return load_backend(query).backward(
+            grad_output, query, key, value, output, lse, bias, positions, scaling, bias_grad
+        )
+
+
+@attention_backward.register_fake
+def _(grad_output, query, key, value, output, lse, knots, slope, offset, c, row_scale, *args):
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value, slope, offset, c, row_scale))
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.transform, ctx.consecutive, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_output, _):
+    *tensors, output, lse = ctx.saved_tensors
+    bias_grad = any(ctx.needs_input_grad[4:8])
+    dq, dk, dv, *dbias = attention_backward(
+        grad_output, *tensors[:3], output, lse, *tensors[3:], ctx.transform, ctx.consecutive, ctx.scaling, bias_grad
+    )
+    return dq, dk, dv, None, *(dbias if bias_grad else [None] * 4), *[None] * 10
+
+
+attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: PiecewiseBias,
+    positions: FirePositions,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of shape `(batch, heads, queries, head_dim)`, where [`backend_name`] names one."""
+    return attention(
+        query,
+        key,
+        value,
+        *bias.tensors,
+        bias.table,
+        positions.query,
+        positions.key,
+        positions.first,
+        positions.last,
+        positions.visible,
+        bias.transform,
+        positions.consecutive,
+        scaling,
+    )[0]

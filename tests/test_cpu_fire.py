@@ -1,0 +1,402 @@
+"""The CPU path against the plain formula: values and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import dense_attention, dense_bias, double, random_bias
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_fire import cpu_fire
+from modeling_fire.piecewise_fire import PiecewiseBias
+from modeling_fire.position_bias_fire import FirePositionBias, FirePositions, KerplePositionBias
+
+
+SCALING = 0.3
+NAMES = ("output", "lse", "query", "key", "value", "slope", "offset", "c", "row_scale")
+
+
+@pytest.fixture(params=[(192, 128, 2**20), (16, 16, 2**8), (5, 7, 1)], ids=["default", "chunks", "odd"])
+def sizes(request, monkeypatch):
+    """The sizes of chunks and blocks."""
+    set_sizes(monkeypatch, *request.param)
+
+
+def set_sizes(monkeypatch, forward_rows: int, backward_rows: int, max_scores: int = 2**20) -> None:
+    monkeypatch.setattr(cpu_fire, "FORWARD_ROWS", forward_rows)
+    monkeypatch.setattr(cpu_fire, "BACKWARD_ROWS", backward_rows)
+    monkeypatch.setattr(cpu_fire, "MAX_SCORES", max_scores)
+
+
+def cast(bias: PiecewiseBias, dtype: torch.dtype) -> PiecewiseBias:
+    fields = (field.detach().to(dtype) if field.is_floating_point() else field for field in bias.tensors)
+    return PiecewiseBias(*fields, bias.transform)
+
+
+def inputs(positions: FirePositions, *, heads=4, kv_heads=None, batch=2, head_dim=16, seed=1) -> list[torch.Tensor]:
+    """Query, key, value and the gradient of the output, in float64 and in the layout of transformers."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, keys = positions.query.shape[1], positions.key.shape[1]
+    shapes = [(queries, heads), (keys, kv_heads or heads), (keys, kv_heads or heads), (queries, heads)]
+    return [
+        torch.randn(batch, *shape, head_dim, generator=generator, dtype=torch.float64).transpose(1, 2)
+        for shape in shapes
+    ]
+
+
+def plain(tensors: list[torch.Tensor], bias: PiecewiseBias, positions: FirePositions) -> list[torch.Tensor]:
+    """Everything in `NAMES`, by autograd."""
+    *qkv, grad_output = (tensor.detach().requires_grad_() for tensor in tensors)
+    bias = double(bias)
+    output, lse = dense_attention(*qkv, bias, positions, SCALING)
+    leaves = [*qkv, bias.slope, bias.offset, bias.c, bias.row_scale]
+    grads = torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
+    return [output.detach(), lse.detach(), *grads]
+
+
+def fused(tensors: list[torch.Tensor], bias: PiecewiseBias, positions: FirePositions) -> list[torch.Tensor]:
+    *qkv, grad_output = tensors
+    output, lse = cpu_fire.forward(*qkv, bias, positions, SCALING)
+    grads = cpu_fire.backward(grad_output, *qkv, output, lse, bias, positions, SCALING, True)
+    return [output, lse, *grads]
+
+
+def merge_shared(grad: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Gradient of `row_scale` with those of shared rows, of which only the sum has a meaning, added up."""
+    shared = shared.expand_as(grad) if len(shared) <= len(grad) else shared.any(0, keepdim=True)
+    return torch.cat([grad[~shared], (grad * shared).sum()[None]])
+
+
+def check(
+    positions: FirePositions, bias: PiecewiseBias, dtype=torch.float64, tolerance: float | None = None, **kwargs
+) -> None:
+    """Compares everything in `NAMES`, relative to the largest entry."""
+    tolerance = tolerance or (1e-12 if dtype == torch.float64 else 2e-5)
+    tensors = [tensor.to(dtype) for tensor in inputs(positions, **kwargs)]
+    bias = cast(bias, torch.promote_types(dtype, torch.float32))
+    expected = plain([tensor.double() for tensor in tensors], bias, positions)
+    actual = fused(tensors, bias, positions)
+    for name, left, right in zip(NAMES, actual, expected, strict=True):
+        assert left.shape == right.shape, name
+        assert left.dtype == (dtype if name in NAMES[:1] + NAMES[2:5] else bias.slope.dtype), name
+        if name == "row_scale":
+            left, right = (merge_shared(grad, bias.shared) for grad in (left, right))
+        finite = right.isfinite()
+        assert torch.equal(left.isfinite(), finite), name
+        error = (left.double() - right)[finite].abs().max() if finite.any() else torch.tensor(0.0)
+        scale = right[finite].abs().max().clamp(min=1) if finite.any() else 1.0
+        assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
+
+
+def padded(pads: list[int], length: int) -> FirePositions:
+    """Left padding: one number for each item of the batch."""
+    index, pads = torch.arange(length)[None], torch.tensor(pads)[:, None]
+    return FirePositions(
+        (index - pads).clamp(min=0), index, index, pads.expand(-1, length), index + 1, consecutive=True
+    )
+
+
+def side_by_side(requests: list[tuple[int, int]]) -> FirePositions:
+    """Continuous batching: `(cached, new)` tokens of each request, all in one row."""
+    absolute, query, first, last, start = [], [], [], [], 0
+    for cached, new in requests:
+        for position in range(cached, cached + new):
+            absolute.append(position)
+            query.append(start + position)
+            first.append(start)
+            last.append(start + position + 1)
+        start += cached + new
+    rows = (torch.tensor(field)[None] for field in (absolute, query))
+    limits = (torch.tensor(field)[None] for field in (first, last))
+    return FirePositions(*rows, torch.arange(start)[None], *limits, consecutive=True)
+
+
+def scattered(length: int, batch: int = 2, seed: int = 0) -> FirePositions:
+    """Random increasing coordinates, some keys hidden, some queries blind."""
+    generator = torch.Generator().manual_seed(seed)
+    coordinates = torch.randint(0, 2 * length, (batch, length), generator=generator).sort().values
+    index = torch.arange(length)[None]
+    visible = torch.rand(batch, length, generator=generator) > 0.3
+    visible[:, 0] = False
+    return FirePositions(coordinates, coordinates, coordinates, torch.zeros_like(index), index + 1, visible)
+
+
+def static_cache(queries: int, filled: int, capacity: int) -> FirePositions:
+    positions = FirePositions.arange(queries, past=filled - queries)
+    return positions._replace(key=torch.arange(capacity)[None])
+
+
+LAYOUTS = {
+    "causal": FirePositions.arange(83),
+    "one token": FirePositions.arange(1),
+    "continued": FirePositions.arange(30, past=53),
+    "decoding": FirePositions.arange(1, past=70),
+    "decoding before L": FirePositions.arange(1, past=20),
+    "few tokens": FirePositions.arange(3, past=70),
+    "window": FirePositions.arange(83, window=20),
+    "window unclamped": FirePositions.arange(83)._replace(first=torch.arange(83)[None] - 19),
+    "both ways": FirePositions.arange(61, causal=False),
+    "window both ways": FirePositions.arange(61, causal=False, window=9),
+    "packed": FirePositions.packed(torch.tensor([0, 1, 2, 40, 41, 83]), 83),
+    "padded": padded([0, 13], 61),
+    "all padded": padded([61, 7], 61),
+    "continuous batching": side_by_side([(40, 1), (0, 17), (10, 1), (3, 9), (45, 1)]),
+    "static cache": static_cache(7, 60, 90),
+    "scattered": scattered(61),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_layouts(layout, kv_heads, sizes):
+    positions = LAYOUTS[layout]
+    check(positions, random_bias(4, positions), kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("transform", ["log", "power", "identity"])
+@pytest.mark.parametrize("L", [0.3, 1.0, 37.0, 50.5, 1000.0])
+def test_transforms_and_thresholds(transform, L, sizes):
+    positions = FirePositions.arange(150)
+    check(positions, random_bias(3, positions, L=L, transform=transform), heads=3)
+
+
+@pytest.mark.parametrize("layout", ["causal", "few tokens", "window", "padded", "both ways", "scattered"])
+def test_float32(layout, sizes):
+    positions = LAYOUTS[layout]
+    check(positions, random_bias(4, positions, slope=2.0), dtype=torch.float32, kv_heads=2)
+
+
+def test_several_chunks_of_the_default_size():
+    positions = FirePositions.arange(403)
+    check(positions, random_bias(2, positions, L=200), heads=2, batch=1)
+
+
+def test_batch_of_different_rows():
+    positions = padded([0, 13, 5], 61)
+    per_item = random_bias(4, positions)
+    assert per_item.row_scale.shape[0] == 3
+    check(positions, per_item, batch=3)
+    same = padded([9, 9], 61)
+    check(same, random_bias(4, same))
+    check(same, random_bias(4, padded([9], 61)))
+    many_scales = random_bias(4, positions)._replace(shared=torch.zeros(1, 61, dtype=torch.bool))
+    check(positions._replace(first=positions.first[:1], absolute=positions.absolute[:1]), many_scales, batch=3)
+
+
+@pytest.mark.parametrize("layout", ["causal", "decoding", "both ways", "scattered"])
+def test_kinds_of_knots(layout, sizes):
+    positions = LAYOUTS[layout]
+    bias = random_bias(4, positions, width=8)
+    knots = bias.knots.clone()
+    knots[:2], knots[-2:] = -torch.inf, torch.inf
+    check(positions, bias._replace(knots=knots))
+    # Two units that switch in one place.
+    twice = bias.knots.repeat_interleave(2)
+    values = torch.arange(9).repeat_interleave(2)[:-1]
+    check(positions, bias._replace(knots=twice, slope=bias.slope[:, values], offset=bias.offset[:, values]))
+    check(positions, bias._replace(knots=knots[:0], slope=bias.slope[:, :1], offset=bias.offset[:, :1]))
+
+
+@pytest.mark.parametrize("layout", ["causal", "one token", "decoding", "both ways", "scattered"])
+def test_c_of_each_head(layout, sizes):
+    positions = LAYOUTS[layout]
+    kerple = KerplePositionBias(4, "log").double()(positions, piecewise=True)
+    check(positions, kerple)
+    own = kerple._replace(row_scale=random_bias(4, positions).row_scale, shared=torch.zeros_like(kerple.shared))
+    check(positions, own)
+    check(positions, random_bias(4, positions)._replace(c=torch.tensor([0.1, 0.3, 0.5, 2.0]).double()))
+
+
+def test_knots_at_integer_distances():
+    positions = FirePositions.arange(70)
+    bias = FirePositionBias.from_t5(torch.randn(8, 2), 64, 32).double()(positions, piecewise=True)
+    check(positions, bias, heads=2)
+
+
+@pytest.mark.parametrize("transform", ["log", "power"])
+def test_c_of_zero(transform, sizes):
+    positions = FirePositions.arange(50)
+    bias = random_bias(4, positions, c=0.0, transform=transform)
+    check(positions, bias._replace(row_scale=torch.where(bias.shared, 1.0, bias.row_scale.clamp(max=2.0))))
+
+
+def test_coordinates_of_a_million():
+    index, far = torch.arange(40)[None], 1_000_000
+    positions = FirePositions(index + far, index + far, index + far, torch.zeros_like(index), index + 1)
+    check(positions, random_bias(4, positions, L=far + 20), dtype=torch.float32)
+    # As one of many requests that share a cache.
+    window = FirePositions.arange(40, past=100)
+    shifted = window._replace(absolute=window.absolute + far)
+    check(shifted, random_bias(4, shifted, L=far), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["causal", "padded", "decoding", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(layout, dtype):
+    """Errors are at most twice those of PyTorch's dense attention in the same type."""
+    positions = LAYOUTS[layout]
+    bias = cast(random_bias(4, positions, slope=2.0), torch.float32)
+    tensors = [tensor.to(dtype) for tensor in inputs(positions)]
+    expected = plain([tensor.double() for tensor in tensors], bias, positions)
+
+    *qkv, grad_output = (tensor.clone().requires_grad_() for tensor in tensors)
+    scores = qkv[0] @ qkv[1].mT * SCALING + dense_bias(bias, positions)
+    seen = positions.mask()
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0.0)
+    output = probabilities.to(dtype) @ qkv[2]
+    dense = [output, None, *torch.autograd.grad(output, qkv, grad_output)]
+
+    actual = fused(tensors, bias, positions)
+    for i in (0, 2, 3, 4):
+        assert actual[i].dtype == dtype
+        allowed = 2 * (dense[i].double() - expected[i]).abs().max() + torch.finfo(dtype).tiny
+        assert (actual[i].double() - expected[i]).abs().max() <= allowed, NAMES[i]
+    for i in (5, 6, 7):
+        assert (actual[i] - expected[i]).abs().max() <= 0.05 * expected[i].abs().max().clamp(min=1), NAMES[i]
+
+
+def test_what_no_query_sees_does_not_matter(sizes):
+    for layout in ("static cache", "padded"):
+        positions = LAYOUTS[layout]
+        tensors, bias = inputs(positions), random_bias(4, positions)
+        expected = fused(tensors, bias, positions)
+        seen = positions.mask().any(2)[:, 0]
+        for tensor in tensors[1:3]:
+            tensor.masked_fill_(~seen[:, None, :, None], torch.nan)
+        for name, left, right in zip(NAMES, fused(tensors, bias, positions), expected, strict=True):
+            assert torch.equal(left, right), name
+
+
+def test_blind_queries():
+    positions = padded([61, 7], 61)
+    output, lse, grad_query, *_ = fused(inputs(positions), random_bias(4, positions), positions)
+    assert output[0].eq(0).all()
+    assert lse[0].eq(-torch.inf).all()
+    assert grad_query[0].eq(0).all()
+    assert output[1, :, :7].eq(0).all()
+
+
+def test_without_gradient_of_the_bias():
+    positions = LAYOUTS["causal"]
+    tensors, bias = inputs(positions), random_bias(4, positions)
+    *qkv, grad_output = tensors
+    output, lse = cpu_fire.forward(*qkv, bias, positions, SCALING)
+    grads = cpu_fire.backward(grad_output, *qkv, output, lse, bias, positions, SCALING, False)
+    for left, right in zip(grads[:3], fused(tensors, bias, positions)[2:5], strict=True):
+        assert torch.equal(left, right)
+    for grad, field in zip(grads[3:], (bias.slope, bias.offset, bias.c, bias.row_scale), strict=True):
+        assert torch.equal(grad, torch.zeros_like(field))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_memory_layouts(dtype):
+    """Whatever the layout of the inputs: gradients have that of `empty_like`, which `torch.compile` relies on."""
+    positions = LAYOUTS["causal"]
+    bias = random_bias(4, positions)
+    transposed = [tensor.to(dtype) for tensor in inputs(positions)]
+    sliced = [torch.cat([tensor, tensor], dim=2)[:, :, :83] for tensor in transposed]
+    expected = fused(transposed, bias, positions)
+    # The gradient of a sum has one number for all its entries.
+    ones = [*transposed[:3], torch.ones(1, 1, 1, 1, dtype=dtype).expand_as(transposed[3])]
+    for left, right in zip(
+        fused(ones, bias, positions), fused([*ones[:3], ones[3].contiguous()], bias, positions), strict=True
+    ):
+        torch.testing.assert_close(left, right)
+    for tensors in (transposed, [tensor.contiguous() for tensor in transposed], sliced):
+        actual = fused(tensors, bias, positions)
+        assert actual[0].transpose(1, 2).is_contiguous()
+        assert actual[1].is_contiguous()
+        for tensor, grad in zip(tensors[:3], actual[2:5], strict=True):
+            assert grad.stride() == torch.empty_like(tensor).stride()
+        for left, right in zip(actual, expected, strict=True):
+            torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("layout", ["causal", "scattered"])
+def test_deterministic(layout):
+    positions = LAYOUTS[layout]
+    tensors = [tensor.float() for tensor in inputs(positions)]
+    bias = cast(random_bias(4, positions), torch.float32)
+    for left, right in zip(fused(tensors, bias, positions), fused(tensors, bias, positions), strict=True):
+        assert torch.equal(left, right)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest memory that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["shared", "scaled", "pairwise"])
+def test_memory_is_linear(kind, monkeypatch):
+    set_sizes(monkeypatch, 16, 16, 1)
+
+    def largest(length: int) -> int:
+        positions = FirePositions.arange(length)._replace(consecutive=kind != "pairwise")
+        bias = cast(random_bias(2, positions, L=length if kind == "shared" else 1.0), torch.float32)
+        tensors = [tensor.float() for tensor in inputs(positions, heads=2, batch=1, head_dim=8)]
+        with LargestTensor() as mode:
+            fused(tensors, bias, positions)
+        return mode.num_bytes
+
+    assert largest(1024) < 2.2 * largest(512)
+
+
+@st.composite
+def calls(draw):
+    """Positions, a bias and the sizes of a call."""
+    queries = draw(st.integers(1, 40))
+    past = draw(st.integers(0, 30))
+    window = draw(st.none() | st.integers(1, 40))
+    layout = draw(st.sampled_from(["plain", "both ways", "packed", "padded", "requests", "scattered", "any limits"]))
+    batch = draw(st.integers(1, 2))
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    if layout in ("plain", "both ways"):
+        positions = FirePositions.arange(queries, past=past, window=window, causal=layout == "plain")
+    elif layout == "packed":
+        cuts = torch.randperm(queries + past, generator=generator)[: draw(st.integers(0, 5))]
+        ends = torch.tensor([0, queries + past])
+        positions = FirePositions.packed(torch.cat([cuts, ends]).unique(), queries + past)
+    elif layout == "padded":
+        positions = padded(draw(st.lists(st.integers(0, queries), min_size=batch, max_size=batch)), queries)
+    elif layout == "requests":
+        positions = side_by_side(
+            draw(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=5))
+        )
+    elif layout == "scattered":
+        positions = scattered(queries, batch, seed)
+    else:
+        positions = FirePositions.arange(queries, past=past)
+        limits = torch.randint(-3, queries + past + 4, (2, batch, queries), generator=generator)
+        positions = positions._replace(first=limits[0], last=limits[1].clamp(max=queries + past))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
+    bias = random_bias(
+        heads,
+        positions,
+        L=draw(st.sampled_from([0.5, 5.0, 17.5, 100.0])),
+        c=draw(st.sampled_from([0.01, 0.3, 1.0])),
+        width=draw(st.integers(0, 20)),
+        transform=draw(st.sampled_from(["log", "power", "identity"])),
+        seed=seed,
+    )
+    sizes = draw(st.integers(1, 50)), draw(st.integers(1, 50)), draw(st.sampled_from([1, 500, 2**20]))
+    return positions, bias, heads, kv_heads, batch, seed, sizes
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(calls())
+def test_anything(call):
+    positions, bias, heads, kv_heads, batch, seed, sizes = call
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_sizes(monkeypatch, *sizes)
+        check(positions, bias, heads=heads, kv_heads=kv_heads, batch=batch, head_dim=8, seed=seed, tolerance=1e-11)

@@ -1,0 +1,199 @@
+"""The operator pair under PyTorch's machinery; what it computes is tested for each backend."""
+
+import pytest
+import torch
+from reference import dense_attention, double, random_bias
+from torch.utils.checkpoint import checkpoint
+
+from modeling_fire import FirePositionBias
+from modeling_fire.attention_fire import fire_attention
+from modeling_fire.operator_fire import attention, attention_backward, choose_backend, fused_attention
+from modeling_fire.position_bias_fire import (
+    AlibiPositionBias,
+    FirePositions,
+    KerplePositionBias,
+    SandwichPositionBias,
+    T5PositionBias,
+)
+
+
+def random_qkv(queries: int, keys: int, *, batch=2, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=0):
+    """Query, key and value that ask for gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, queries, head_dim)] + [(batch, kv_heads, keys, head_dim)] * 2
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def operator_arguments(queries=11, keys=17, dtype=torch.float32):
+    positions = FirePositions.arange(queries, past=keys - queries)
+    bias = random_bias(4, positions, L=5.0, dtype=torch.promote_types(dtype, torch.float32))
+    for tensor in (bias.slope, bias.offset, bias.c, bias.row_scale):
+        tensor.requires_grad_()
+    where = (positions.query, positions.key, positions.first, positions.last, None)
+    return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, None, *where, bias.transform, True, 0.3)
+
+
+def test_opcheck():
+    arguments = operator_arguments()
+    torch.library.opcheck(attention._opoverload, arguments)
+    with torch.no_grad():
+        output, lse = attention(*arguments)
+    torch.library.opcheck(
+        attention_backward._opoverload,
+        (
+            torch.randn_like(output),
+            *arguments[:3],
+            output,
+            lse,
+            *(t.detach() for t in arguments[3:9]),
+            *arguments[9:],
+            True,
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_gradcheck_through_the_parameters():
+    torch.manual_seed(0)
+    bias = FirePositionBias(4, 6, init_L=5.0, init_c=0.4, init_f="uniform").double()
+    parameters = dict(bias.named_parameters())
+
+    def attend(query, key, value, *values):
+        changed = dict(zip(parameters, values, strict=True))
+        pieces = torch.func.functional_call(bias, changed, (FirePositions.arange(7, past=2),), {"piecewise": True})
+        return fused_attention(query, key, value, pieces, FirePositions.arange(7, past=2), 0.3)
+
+    # Half a token off the queries: at L = 5 the formula has a kink, and finite differences have no say.
+    with torch.no_grad():
+        bias.L_multiplier.fill_(1.1)
+    inputs = (*random_qkv(7, 9, batch=1), *(p.detach().requires_grad_() for p in parameters.values()))
+    torch.autograd.gradcheck(attend, inputs, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    torch.manual_seed(0)
+    bias = FirePositionBias(4, init_L=5.0)
+
+    def loss(query, key, value):
+        return fire_attention(query, key, value, bias).square().sum()
+
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")):
+        inputs = random_qkv(9, 9, dtype=torch.float32)
+        value = function(*inputs)
+        gradients.append([value, *torch.autograd.grad(value, (*inputs, *bias.parameters()))])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_and_repetition_give_the_same_bits():
+    torch.manual_seed(0)
+    bias = FirePositionBias(4, init_L=5.0)
+    inputs = random_qkv(23, 23, dtype=torch.float32)
+    results = []
+    for attend in (
+        fire_attention,
+        fire_attention,
+        lambda *args: checkpoint(fire_attention, *args, use_reentrant=False),
+    ):
+        output = attend(*inputs, bias)
+        results.append([output, *torch.autograd.grad(output.square().sum(), (*inputs, *bias.parameters()))])
+    for other in results[1:]:
+        assert all(torch.equal(actual, expected) for actual, expected in zip(other, results[0], strict=True))
+
+
+def test_autocast_keeps_the_bias_in_float32():
+    torch.manual_seed(0)
+    bias, inputs = FirePositionBias(4, init_L=5.0), random_qkv(23, 23, dtype=torch.float32)
+    low = [tensor.detach().bfloat16() for tensor in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fire_attention(*inputs, bias)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, fire_attention(*low, bias))
+    output.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in bias.parameters())
+    assert all(tensor.grad.dtype == torch.float32 for tensor in inputs)
+
+
+BIASES = [
+    lambda: FirePositionBias(4, init_L=9.0),
+    lambda: FirePositionBias(4, init_L=9.0, mlp_depth=2),
+    lambda: FirePositionBias(4, init_L=9.0, activation="gelu", init_f="uniform"),
+    lambda: FirePositionBias(4, init_L=9.0, transform="power", init_c=0.5),
+    lambda: FirePositionBias(4, init_L=9.0, transform="identity"),
+    lambda: FirePositionBias(4, progressive=False, init_L=9.0),
+    lambda: FirePositionBias(4, threshold=False),
+    lambda: AlibiPositionBias(4),
+    lambda: KerplePositionBias(4, "log"),
+    lambda: KerplePositionBias(4, "power"),
+    lambda: T5PositionBias(4),
+    lambda: SandwichPositionBias(4),
+]
+
+
+def packed(length: int) -> tuple[dict, FirePositions]:
+    bounds = torch.tensor([0, 5, 6, length], dtype=torch.int32)
+    return {"cu_seqlens": bounds}, FirePositions.packed(bounds, length)
+
+
+@pytest.mark.parametrize("build", BIASES)
+@pytest.mark.parametrize("scenario", ["causal", "cached", "window", "bidirectional", "packed"])
+def test_any_bias_in_ones_own_layer(build, scenario):
+    """Values and every gradient against the dense formula in float64; the mask is written out here."""
+    torch.manual_seed(0)
+    bias, length = build().double(), 19
+    past = 6 if scenario == "cached" else 0
+    index = torch.arange(past + length)
+    distance = index[past:, None] - index
+    seen, options = distance >= 0, {}
+    if scenario == "window":
+        seen, options = seen & (distance < 4), {"window": 4}
+    elif scenario == "bidirectional":
+        seen, options = torch.ones_like(seen), {"causal": False}
+    elif scenario == "packed":
+        document = torch.bucketize(index, torch.tensor([5, 6]), right=True)
+        seen, options = seen & (document[:, None] == document), {"cu_seqlens": torch.tensor([0, 5, 6, length])}
+    absolute = index[None, past:] - (torch.tensor([0, 5, 6])[document] if scenario == "packed" else 0)
+    positions = FirePositions(absolute, index[None, past:], index[None], causal=scenario != "bidirectional")
+
+    query, key, value = inputs = random_qkv(length, past + length)
+    scores = query @ key.repeat_interleave(2, 1).mT * 8**-0.5 + bias(positions)
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = probabilities @ value.repeat_interleave(2, 1)
+    actual = fire_attention(*inputs, bias, **options)
+    # ALiBi and Sandwich have no parameters to tell the precision: they are float32.
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if list(bias.parameters()) else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    wanted = (*inputs, *bias.parameters())
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    for got, want in zip(*(torch.autograd.grad(o, wanted, weights) for o in (actual, expected)), strict=True):
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_bad_shapes_are_refused():
+    bias, (query, key, value) = FirePositionBias(4), random_qkv(9, 7)
+    with pytest.raises(ValueError, match="cannot be the last of 7 keys"):
+        fire_attention(query, key, value, bias)
+    with pytest.raises(ValueError, match="no multiple of 3"):
+        fire_attention(query, *(torch.randn(2, 3, 9, 8) for _ in range(2)), bias)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        fire_attention(query, query, query, bias, cu_seqlens=torch.tensor([0, 9]), window=3)
+    with pytest.raises(ValueError, match="FIRE_BACKEND"):
+        choose_backend("cpu", "fast")
+
+
+def test_the_backend_can_be_forced(monkeypatch):
+    bias, inputs = FirePositionBias(4, init_L=5.0), random_qkv(9, 9, dtype=torch.float32)
+    expected = fire_attention(*inputs, bias)
+    monkeypatch.setenv("FIRE_BACKEND", "none")
+    monkeypatch.setattr("modeling_fire.attention_fire.fused_attention", None)
+    torch.testing.assert_close(fire_attention(*inputs, bias), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operator_is_the_formula():
+    positions = FirePositions.arange(11, past=6)
+    bias, inputs = double(random_bias(4, positions, L=5.0)), random_qkv(11, 17)
+    torch.testing.assert_close(
+        fused_attention(*inputs, bias, positions, 0.3), dense_attention(*inputs, bias, positions, 0.3)[0]
+    )
