@@ -18,7 +18,8 @@ from .modeling_fire import (
     FireForTokenClassification,
     FireModel,
 )
-from .position_bias_fire import FirePositionBias, FirePositions
+from .position_bias_fire import FirePositionBias
+from .positions_fire import FirePositions
 
 
 # With the package installed its classes load and no downloaded code is run; saved folders still carry the code.

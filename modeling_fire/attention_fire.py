@@ -22,7 +22,8 @@ from transformers.utils.versions import require_version
 
 from .operator_fire import backend_name, fused_attention
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import FirePositions, PositionBias
+from .position_bias_fire import PositionBias
+from .positions_fire import FirePositions
 
 
 # Largest number of scalars that one block of queries may hold in the computation of its bias (256 MiB in float32).

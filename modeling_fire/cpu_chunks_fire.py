@@ -21,7 +21,7 @@ import torch
 
 from .cpu_plan_fire import Span, cut_at, of_item, plan
 from .piecewise_fire import PiecewiseBias, psi, psi_slope_in_c
-from .position_bias_fire import FirePositions
+from .positions_fire import FirePositions
 
 
 class Scratch:

@@ -11,7 +11,7 @@ import torch
 
 from .cpu_chunks_fire import BiasGradient, Call, Scratch
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import FirePositions
+from .positions_fire import FirePositions
 
 
 # Rows of a chunk. More of them waste more of the blocks on the diagonal, fewer make the matrix products slower.

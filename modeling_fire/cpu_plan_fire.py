@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import FirePositions
+from .positions_fire import FirePositions
 
 
 class Span(NamedTuple):

@@ -23,12 +23,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
 from .configuration_fire import FireConfig
-from .position_bias_fire import FirePositions, Float32Linear, PositionBias, build_position_bias
+from .position_bias_fire import Float32Linear, PositionBias, build_position_bias
+from .positions_fire import FirePositions, has_padding, padded_positions, paged_positions
 
 
 try:
@@ -354,46 +354,6 @@ class FireModel(FirePreTrainedModel):
             starts = nn.functional.pad(position_ids.diff() != 1, (1, 0))
             return positions._replace(first=torch.where(starts, query, 0).cummax(-1).values)
         return positions
-
-
-def paged_positions(
-    position_ids: torch.Tensor, cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, attention_mask: torch.Tensor
-) -> FirePositions:
-    """Continuous batching: requests side by side, whose queries and keys begin at the `cu_seq_lens`."""
-    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
-    request = torch.searchsorted(cu_seq_lens_q[1:].long(), index, right=True).clamp(max=len(cu_seq_lens_k) - 2)
-    first = cu_seq_lens_k.long()[request][None]
-    query = first + position_ids
-    key = torch.arange(attention_mask.shape[-1], device=position_ids.device)[None]
-    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True)
-
-
-def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids: torch.Tensor | None) -> FirePositions:
-    """
-    Positions beside a padding mask of shape `(batch, keys)`: tokens are counted without the padding, as `generate`
-    counts them. Padding before and after leaves distances alone; padding between tokens (a right-padded prompt that
-    is continued) does not.
-    """
-    count = (mask.cumsum(-1) - 1).clamp(min=0)
-    query = count.expand(mask.shape[0], -1).gather(1, positions.query.expand(mask.shape[0], -1))
-    absolute = query if position_ids is None else position_ids
-    if has_gaps(mask):
-        return positions._replace(absolute=absolute, query=query, key=count, visible=mask, consecutive=False)
-    first = mask.int().argmax(-1, keepdim=True)
-    last = torch.minimum(positions.last, first + mask.sum(-1, keepdim=True))
-    return positions._replace(absolute=absolute, first=first.expand_as(last), last=last)
-
-
-def has_padding(attention_mask: torch.Tensor) -> bool:
-    """Whether a 2-dimensional mask hides anything. Unknown, so assumed, while tracing, when values cannot be read."""
-    return is_tracing(attention_mask) or not bool(attention_mask.all())
-
-
-def has_gaps(attention_mask: torch.Tensor) -> bool:
-    """Whether a 2-dimensional mask hides anything between tokens; assumed while tracing."""
-    return is_tracing(attention_mask) or bool(
-        (attention_mask.int().diff() == 1).sum(-1).gt(~attention_mask[:, 0]).any()
-    )
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):

@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_triton_available
 from .cpu_fire import backward as cpu_backward
 from .cpu_fire import forward as cpu_forward
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import FirePositions
+from .positions_fire import FirePositions
 
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,7 @@ FIRE is defined in Li et al., *Functional Interpolation for Relative Positions I
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,110 +20,7 @@ from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
 from .piecewise_fire import PiecewiseBias, psi, relu_pieces
-
-
-class FirePositions(NamedTuple):
-    """
-    Where the queries and the keys of one attention call stand, and who sees whom.
-
-    A distance is the difference of `query` and `key`, which share one frame: positions, or indices among the keys.
-    The absolute position, which normalises FIRE, is kept apart: a cached key knows its index, not its position.
-
-    Args:
-        absolute (`torch.LongTensor` of shape `(batch or 1, queries)`):
-            Position of each query in its own document, counted from 0.
-        query (`torch.LongTensor` of shape `(batch or 1, queries)`):
-            Coordinate of each query.
-        key (`torch.LongTensor` of shape `(batch or 1, keys)`):
-            Coordinate of each key.
-        first, last (`torch.LongTensor` of shape `(batch or 1, queries)`, *optional*):
-            A query sees the keys of index `first <= j < last`. `None` where only a mask of the caller's tells.
-        visible (`torch.BoolTensor` of shape `(batch or 1, keys)`, *optional*):
-            Keys that no query sees are `False`; for masks with gaps, which `first` and `last` cannot say.
-        consecutive (`bool`):
-            Whether a distance is the difference of indices: the coordinate of each key is its index.
-        causal (`bool`): Whether no query sees keys ahead.
-    """
-
-    absolute: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    first: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-    visible: torch.Tensor | None = None
-    consecutive: bool = False
-    causal: bool = True
-
-    @classmethod
-    def arange(
-        cls,
-        length: int,
-        device: torch.device | str | None = None,
-        *,
-        past: int = 0,
-        window: int | None = None,
-        causal: bool = True,
-    ) -> "FirePositions":
-        """
-        The last `length` of `past + length` consecutive tokens as queries, all of them as keys.
-
-        Args:
-            length (`int`): number of queries.
-            past (`int`, *optional*, defaults to 0): number of keys before the first query.
-            window (`int`, *optional*): each query sees this many keys at most on each side, itself counted.
-            causal (`bool`, *optional*, defaults to `True`): whether keys ahead are hidden.
-        """
-        key = torch.arange(past + length, device=device)[None]
-        query = key[:, past:]
-        first, last = torch.zeros_like(query), query + 1 if causal else torch.full_like(query, past + length)
-        if window is not None:
-            first = (query - window + 1).clamp(min=0)
-            last = torch.minimum(last, query + window)
-        return cls(query, query, key, first, last, consecutive=True, causal=causal)
-
-    @classmethod
-    def packed(cls, cu_seqlens: torch.Tensor, length: int) -> "FirePositions":
-        """
-        Documents one after the other, each causal and blind to the others.
-
-        Args:
-            cu_seqlens (`torch.Tensor` of shape `(documents + 1,)`): where each begins; 0 first, `length` last.
-            length (`int`): tokens in all.
-        """
-        index = torch.arange(length, device=cu_seqlens.device)
-        first = cu_seqlens.long()[torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1]
-        index, first = index[None], first[None]
-        return cls(index - first, index, index, first, index + 1, consecutive=True)
-
-    def block(self, start: int, stop: int, num_keys: int) -> "FirePositions":
-        """The queries from `start` to `stop` beside the first `num_keys` keys."""
-        return FirePositions(
-            self.absolute[:, start:stop],
-            self.query[:, start:stop],
-            self.key[:, :num_keys],
-            None if self.first is None else self.first[:, start:stop],
-            None if self.last is None else self.last[:, start:stop].clamp(max=num_keys),
-            None if self.visible is None else self.visible[:, :num_keys],
-            self.consecutive,
-            self.causal,
-        )
-
-    def mask(self) -> torch.Tensor:
-        """Who sees whom, densely: `torch.BoolTensor` of shape `(batch or 1, 1, queries, keys)`."""
-        index = torch.arange(self.key.shape[1], device=self.key.device)
-        seen = (self.first[:, :, None] <= index) & (index < self.last[:, :, None])
-        if self.visible is not None:
-            seen = seen & self.visible[:, None, :]
-        return seen[:, None]
-
-    def distance(self) -> torch.Tensor:
-        """
-        `|i - j|` as integers of shape `(batch or 1, queries, keys)`: exact at any length, where subtracting after a
-        conversion to a float type is not. In a causal model keys ahead, which are masked, count as distance 0: a
-        large bias could outweigh the mask in float16, and would spoil the scale of a rounded row.
-        """
-        difference = self.query[:, :, None] - self.key[:, None, :]
-        return difference.clamp(min=0) if self.causal else difference.abs()
+from .positions_fire import FirePositions
 
 
 def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

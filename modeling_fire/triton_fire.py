@@ -159,8 +159,8 @@ def _plan_kernel(
         tl.store(SCALE + batch * num_queries + rows, scale * unit, mask=inside)
 
     c = tl.load(C + head).to(tl.float32)
-    # The largest factor between an error of psi and one of a score.
-    gain = tl.max(tl.where(sees, tl.abs(scale), 0.0), 0) * tl.load(STEEPEST).to(tl.float32)
+    # The largest factor between an error of psi and one of a score, or of x: gradients of flat slopes are sums of that.
+    gain = tl.max(tl.where(sees, tl.abs(scale), 0.0), 0) * tl.maximum(tl.load(STEEPEST).to(tl.float32), 1.0)
     last_far = -BEYOND
     if TRANSFORM == "log" and not GENERAL:
         # The cubic is off by tau ** 4 / 4 if all columns are within tau (1 / c + distance of the centre).

@@ -3,7 +3,7 @@
 import torch
 
 from modeling_fire.piecewise_fire import PiecewiseBias, psi, relu_pieces
-from modeling_fire.position_bias_fire import FirePositions
+from modeling_fire.positions_fire import FirePositions
 
 
 def dense_bias(bias: PiecewiseBias, positions: FirePositions) -> torch.Tensor:

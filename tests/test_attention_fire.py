@@ -20,7 +20,8 @@ from modeling_fire.attention_fire import (
     sdpa_bias,
 )
 from modeling_fire.modeling_fire import FireAttention
-from modeling_fire.position_bias_fire import FirePositionBias, FirePositions
+from modeling_fire.position_bias_fire import FirePositionBias
+from modeling_fire.positions_fire import FirePositions
 
 
 FUNCTIONS = {"eager": eager_attention_forward, "sdpa": sdpa_attention, "flex_attention": flex_attention}

@@ -10,11 +10,11 @@ from modeling_fire.attention_fire import fire_attention
 from modeling_fire.operator_fire import attention, attention_backward, choose_backend, fused_attention
 from modeling_fire.position_bias_fire import (
     AlibiPositionBias,
-    FirePositions,
     KerplePositionBias,
     SandwichPositionBias,
     T5PositionBias,
 )
+from modeling_fire.positions_fire import FirePositions
 
 
 def random_qkv(queries: int, keys: int, *, batch=2, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, seed=0):

@@ -18,7 +18,6 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from modeling_fire import FirePositionBias
 from modeling_fire.position_bias_fire import (
     AlibiPositionBias,
-    FirePositions,
     KerplePositionBias,
     SandwichPositionBias,
     T5PositionBias,
@@ -26,6 +25,7 @@ from modeling_fire.position_bias_fire import (
     build_position_bias,
     t5_bucket,
 )
+from modeling_fire.positions_fire import FirePositions
 
 
 EPS = torch.finfo(torch.float32).eps

@@ -288,14 +288,14 @@ def test_duplicate_and_infinite_knots(positions):
 
 @interpreted
 def test_far_tiles():
-    """With gentle slopes near enough tiles are expanded that a short sequence has some, with knots and without."""
+    """With gentle slopes tiles are expanded near enough that a short sequence has some."""
     positions = FirePositions.arange(24, past=180)
     bias = random_bias(1, positions, L=100.0, slope=0.02, dtype=torch.float32)
     inputs = random_inputs(positions, heads=1)
     rows = triton_fire.Rows.of(bias, positions)
     plan = triton_fire.make_plan(*inputs[:2], bias, rows, triton_fire.Blocks(16, 16, 4, 1), False)
     fields = plan.tensors[2]
-    assert 100 < fields[0, 0, 0, triton_fire.LAST_FAR.value] < 180
+    assert 50 < fields[0, 0, 0, triton_fire.LAST_FAR.value] < 100
     check(positions, bias, inputs=inputs)
     check(positions, heads=1, c=1e-4, L=1000.0)
 
@@ -414,6 +414,15 @@ def test_repeats_bitwise():
     first, second = (fused(*inputs, bias, positions, 0.3) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert all(torch.equal(*pair) for pair in zip(first[2], second[2], strict=True))
+
+
+@interpreted
+def test_flat_slopes_at_small_psi():
+    """The gradient of a slope of 0 needs an accurate `x`, though scores do not."""
+    positions = FirePositions.arange(20)
+    bias = random_bias(2, positions, c=1e-3, L=1.0, width=0, dtype=torch.float32)
+    assert (bias.slope == 0).all()
+    check(positions, bias, tolerance=2e-6)
 
 
 @interpreted

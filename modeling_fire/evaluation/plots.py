@@ -6,7 +6,8 @@ import os
 import torch
 from transformers import PreTrainedModel
 
-from ..position_bias_fire import FirePositions, PositionBias
+from ..position_bias_fire import PositionBias
+from ..positions_fire import FirePositions
 
 
 def plot_perplexity_by_context(

@@ -1,0 +1,150 @@
+"""Where the queries and the keys of one attention call stand, and who sees whom."""
+
+from typing import NamedTuple
+
+import torch
+from transformers.utils.import_utils import is_tracing
+
+
+class FirePositions(NamedTuple):
+    """
+    Where the queries and the keys of one attention call stand, and who sees whom.
+
+    A distance is the difference of `query` and `key`, which share one frame: positions, or indices among the keys.
+    The absolute position, which normalises FIRE, is kept apart: a cached key knows its index, not its position.
+
+    Args:
+        absolute (`torch.LongTensor` of shape `(batch or 1, queries)`):
+            Position of each query in its own document, counted from 0.
+        query (`torch.LongTensor` of shape `(batch or 1, queries)`):
+            Coordinate of each query.
+        key (`torch.LongTensor` of shape `(batch or 1, keys)`):
+            Coordinate of each key.
+        first, last (`torch.LongTensor` of shape `(batch or 1, queries)`, *optional*):
+            A query sees the keys of index `first <= j < last`. `None` where only a mask of the caller's tells.
+        visible (`torch.BoolTensor` of shape `(batch or 1, keys)`, *optional*):
+            Keys that no query sees are `False`; for masks with gaps, which `first` and `last` cannot say.
+        consecutive (`bool`):
+            Whether a distance is the difference of indices: the coordinate of each key is its index.
+        causal (`bool`): Whether no query sees keys ahead.
+    """
+
+    absolute: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    first: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
+    consecutive: bool = False
+    causal: bool = True
+
+    @classmethod
+    def arange(
+        cls,
+        length: int,
+        device: torch.device | str | None = None,
+        *,
+        past: int = 0,
+        window: int | None = None,
+        causal: bool = True,
+    ) -> "FirePositions":
+        """
+        The last `length` of `past + length` consecutive tokens as queries, all of them as keys.
+
+        Args:
+            length (`int`): number of queries.
+            past (`int`, *optional*, defaults to 0): number of keys before the first query.
+            window (`int`, *optional*): each query sees this many keys at most on each side, itself counted.
+            causal (`bool`, *optional*, defaults to `True`): whether keys ahead are hidden.
+        """
+        key = torch.arange(past + length, device=device)[None]
+        query = key[:, past:]
+        first, last = torch.zeros_like(query), query + 1 if causal else torch.full_like(query, past + length)
+        if window is not None:
+            first = (query - window + 1).clamp(min=0)
+            last = torch.minimum(last, query + window)
+        return cls(query, query, key, first, last, consecutive=True, causal=causal)
+
+    @classmethod
+    def packed(cls, cu_seqlens: torch.Tensor, length: int) -> "FirePositions":
+        """
+        Documents one after the other, each causal and blind to the others.
+
+        Args:
+            cu_seqlens (`torch.Tensor` of shape `(documents + 1,)`): where each begins; 0 first, `length` last.
+            length (`int`): tokens in all.
+        """
+        index = torch.arange(length, device=cu_seqlens.device)
+        first = cu_seqlens.long()[torch.searchsorted(cu_seqlens, index, right=True, out_int32=True) - 1]
+        index, first = index[None], first[None]
+        return cls(index - first, index, index, first, index + 1, consecutive=True)
+
+    def block(self, start: int, stop: int, num_keys: int) -> "FirePositions":
+        """The queries from `start` to `stop` beside the first `num_keys` keys."""
+        return FirePositions(
+            self.absolute[:, start:stop],
+            self.query[:, start:stop],
+            self.key[:, :num_keys],
+            None if self.first is None else self.first[:, start:stop],
+            None if self.last is None else self.last[:, start:stop].clamp(max=num_keys),
+            None if self.visible is None else self.visible[:, :num_keys],
+            self.consecutive,
+            self.causal,
+        )
+
+    def mask(self) -> torch.Tensor:
+        """Who sees whom, densely: `torch.BoolTensor` of shape `(batch or 1, 1, queries, keys)`."""
+        index = torch.arange(self.key.shape[1], device=self.key.device)
+        seen = (self.first[:, :, None] <= index) & (index < self.last[:, :, None])
+        if self.visible is not None:
+            seen = seen & self.visible[:, None, :]
+        return seen[:, None]
+
+    def distance(self) -> torch.Tensor:
+        """
+        `|i - j|` as integers of shape `(batch or 1, queries, keys)`: exact at any length, where subtracting after a
+        conversion to a float type is not. In a causal model keys ahead, which are masked, count as distance 0: a
+        large bias could outweigh the mask in float16, and would spoil the scale of a rounded row.
+        """
+        difference = self.query[:, :, None] - self.key[:, None, :]
+        return difference.clamp(min=0) if self.causal else difference.abs()
+
+
+def paged_positions(
+    position_ids: torch.Tensor, cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, attention_mask: torch.Tensor
+) -> FirePositions:
+    """Continuous batching: requests side by side, whose queries and keys begin at the `cu_seq_lens`."""
+    index = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    request = torch.searchsorted(cu_seq_lens_q[1:].long(), index, right=True).clamp(max=len(cu_seq_lens_k) - 2)
+    first = cu_seq_lens_k.long()[request][None]
+    query = first + position_ids
+    key = torch.arange(attention_mask.shape[-1], device=position_ids.device)[None]
+    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True)
+
+
+def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids: torch.Tensor | None) -> FirePositions:
+    """
+    Positions beside a padding mask of shape `(batch, keys)`: tokens are counted without the padding, as `generate`
+    counts them. Padding before and after leaves distances alone; padding between tokens (a right-padded prompt that
+    is continued) does not.
+    """
+    count = (mask.cumsum(-1) - 1).clamp(min=0)
+    query = count.expand(mask.shape[0], -1).gather(1, positions.query.expand(mask.shape[0], -1))
+    absolute = query if position_ids is None else position_ids
+    if has_gaps(mask):
+        return positions._replace(absolute=absolute, query=query, key=count, visible=mask, consecutive=False)
+    first = mask.int().argmax(-1, keepdim=True)
+    last = torch.minimum(positions.last, first + mask.sum(-1, keepdim=True))
+    return positions._replace(absolute=absolute, first=first.expand_as(last), last=last)
+
+
+def has_padding(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-dimensional mask hides anything. Unknown, so assumed, while tracing, when values cannot be read."""
+    return is_tracing(attention_mask) or not bool(attention_mask.all())
+
+
+def has_gaps(attention_mask: torch.Tensor) -> bool:
+    """Whether a 2-dimensional mask hides anything between tokens; assumed while tracing."""
+    return is_tracing(attention_mask) or bool(
+        (attention_mask.int().diff() == 1).sum(-1).gt(~attention_mask[:, 0]).any()
+    )
