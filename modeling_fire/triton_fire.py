@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import FirePositions
+from .positions_fire import FirePositions
 
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -159,7 +159,7 @@ def _plan_kernel(
         tl.store(SCALE + batch * num_queries + rows, scale * unit, mask=inside)
 
     c = tl.load(C + head).to(tl.float32)
-    # The largest factor between an error of psi and one of a score, or of x: gradients of flat slopes are sums of that.
+    # The largest factor between an error of psi and one of a score, or of x, of which gradients of slopes are sums.
     gain = tl.max(tl.where(sees, tl.abs(scale), 0.0), 0) * tl.maximum(tl.load(STEEPEST).to(tl.float32), 1.0)
     last_far = -BEYOND
     if TRANSFORM == "log" and not GENERAL:

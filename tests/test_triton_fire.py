@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from reference import dense_attention, dense_bias, double, random_bias
 
 from modeling_fire.piecewise_fire import psi, psi_slope_in_c
-from modeling_fire.position_bias_fire import FirePositions
+from modeling_fire.positions_fire import FirePositions
 
 
 triton = pytest.importorskip("triton", reason="Triton is not installed.")
@@ -76,23 +76,24 @@ def reference(query, key, value, grad, bias, positions, scaling):
     wanted = [*inputs, wide.slope, wide.offset, wide.c, wide.row_scale]
     gradients = torch.autograd.grad(output, wanted, grad.double(), materialize_grads=True)
     with torch.no_grad():
-        sizes = {"output": output, "lse": lse[lse > -torch.inf]}
-        sizes |= dict(zip(NAMES[:3], gradients[:3], strict=True))
+        sizes = {"output": output, "lse": lse[lse > -torch.inf], "value": gradients[2]}
         sizes |= sizes_of_sums(*inputs, grad.double(), wide, positions, scaling, lse)
     return Expected(output.detach(), lse.detach(), gradients, sizes)
 
 
 def sizes_of_sums(query, key, value, grad, bias, positions, scaling, lse):
     """
-    The gradients of the bias with the absolute value of each pair's share. The shares of a row cancel (in whole: those
-    of `offset` add up to 0), so that an error is to be compared with what was added up, not with the sum.
+    The other gradients, with the absolute value of all that is added up. Much of it cancels (the gradients of a row's
+    scores add up to 0), so that an error is to be compared with what was added up, not with the sum.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * scaling + dense_bias(bias, positions)
     weights = torch.where(positions.mask(), (scores - lse[..., None]).exp(), 0.0)
     change = grad @ value.transpose(-1, -2)
-    share = (weights * (change - (weights * change).sum(-1, keepdim=True))).abs().movedim(1, -1)
+    share = weights * (change.abs() + (weights * change).sum(-1, keepdim=True).abs())
+    sizes = {"query": scaling * share @ key.abs(), "key": scaling * share.transpose(-1, -2) @ query.abs()}
+    share = share.movedim(1, -1)
 
     distance = (positions.query[:, :, None] - positions.key[:, None, :]).abs().double()[..., None]
     scale = bias.row_scale[:, :, None, None]
@@ -102,7 +103,7 @@ def sizes_of_sums(query, key, value, grad, bias, positions, scaling, lse):
     in_c = share * slope * scale * psi_slope_in_c(distance, bias.c, bias.transform)
     in_segment = [(share * (segment == s)).sum() for s in range(bias.slope.shape[1])]
     x_in_segment = [(share * units * scale * (segment == s)).sum() for s in range(bias.slope.shape[1])]
-    return {
+    return sizes | {
         "slope": torch.stack(x_in_segment),
         "offset": torch.stack(in_segment),
         "c": in_c.sum(),
