@@ -83,6 +83,7 @@ def calls(names: list[str], kind: str, length: int, backward: bool, args, heads:
 
 def measure_case(names, kind, length, backward, args, heads, head_dim, dtype) -> list[dict]:
     """One row for each peer that runs."""
+    torch._dynamo.reset()  # it compiles FlexAttention for a few shapes only, and then no more
     functions = calls(names, kind, length, backward, args, heads, head_dim, dtype)
     memory = {name: measure.peak_memory(function, args.device) for name, function in functions.items()}
     times = measure.interleaved(functions, args.device, args.seconds)

@@ -25,21 +25,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_fire import triton_fire
+from modeling_fire.triton_backward_fire import _delta_kernel, _key_gradient_kernel, _query_gradient_kernel
 from modeling_fire.triton_fire import HEAD_DIMS, Blocks, block_sizes, power_of_two
+from modeling_fire.triton_forward_fire import _combine_kernel, _decode_kernel, _forward_kernel
+from modeling_fire.triton_tiles_fire import _plan_kernel
 
 
 # Bytes of shared memory that one block may use.
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = {
-    "forward": triton_fire._forward_kernel,
-    "query": triton_fire._query_gradient_kernel,
-    "key": triton_fire._key_gradient_kernel,
-    "decode": triton_fire._decode_kernel,
-    "plan": triton_fire._plan_kernel,
-    "delta": triton_fire._delta_kernel,
-    "combine": triton_fire._combine_kernel,
+    "forward": _forward_kernel,
+    "query": _query_gradient_kernel,
+    "key": _key_gradient_kernel,
+    "decode": _decode_kernel,
+    "plan": _plan_kernel,
+    "delta": _delta_kernel,
+    "combine": _combine_kernel,
 }
 INTEGER_POINTERS = {"ROWS": "*i32", "BLOCKS": "*i32", "EDGES": "*i32", "KEYS": "*i64", "VISIBLE": "*i1"}
 INTEGER_POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64"}
@@ -160,8 +162,8 @@ def find_loops(listing: str) -> list[Loop]:
     labels: dict[str, int] = {}
     always: set[int] = set()
     for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(names)
+        if place := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[place.group(1)] = len(names)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?(.*?);", line):
             predicate, text = instruction.groups()
             name = text.split()[0]

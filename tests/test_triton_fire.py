@@ -1,8 +1,6 @@
 """
-The Triton kernels beside the plain formula in float64, by Triton's interpreter: no GPU is needed, only small sizes.
-
-Whether a kernel is interpreted is decided when Triton is imported. Where something imported it before this module, one
-test here runs the others in a process of its own.
+The Triton kernels beside the plain formula in float64: on a GPU where there is one, else by Triton's interpreter
+(`conftest.py`), at small sizes.
 """
 
 import os
@@ -10,9 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -24,21 +19,13 @@ from modeling_fire.piecewise_fire import psi, psi_slope_in_c
 from modeling_fire.positions_fire import FirePositions
 
 
-triton = pytest.importorskip("triton", reason="Triton is not installed.")
+pytest.importorskip("triton", reason="Triton is not installed.")
 triton_fire = pytest.importorskip("modeling_fire.triton_fire")
+LAST_FAR = pytest.importorskip("modeling_fire.triton_tiles_fire").LAST_FAR
 
-INTERPRETED = not isinstance(triton_fire.tl.sum, triton.runtime.JITFunction)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="Run by test_in_a_process_of_its_own.")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parents[1]
 NAMES = ("query", "key", "value", "slope", "offset", "c", "row_scale")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="This process interprets.")
-def test_in_a_process_of_its_own():
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
 @pytest.fixture(autouse=True)
@@ -111,10 +98,17 @@ def sizes_of_sums(query, key, value, grad, bias, positions, scaling, lse):
     }
 
 
-def fused(query, key, value, grad, bias, positions, scaling):
+def fused(query, key, value, grad, bias, positions, scaling, bias_grad=True):
+    """Output, log-sum-exp and gradients, computed on `DEVICE`."""
+    query, key, value, grad = (tensor.to(DEVICE) for tensor in (query, key, value, grad))
+    bias, positions = bias.to(DEVICE), to_device(positions)
     output, lse = triton_fire.forward(query, key, value, bias, positions, scaling)
-    gradients = triton_fire.backward(grad, query, key, value, output, lse, bias, positions, scaling, True)
-    return output, lse, gradients
+    gradients = triton_fire.backward(grad, query, key, value, output, lse, bias, positions, scaling, bias_grad)
+    return output.cpu(), lse.cpu(), tuple(gradient.cpu() for gradient in gradients)
+
+
+def to_device(positions):
+    return FirePositions(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in positions))
 
 
 def row_gradient(gradient, bias):
@@ -182,14 +176,12 @@ POSITIONS = {
 }
 
 
-@interpreted
 @pytest.mark.parametrize("name", POSITIONS)
 def test_positions(name):
     positions = POSITIONS[name]
     check(positions, batch=max(positions.query.shape[0], positions.first.shape[0]), L=20.0)
 
 
-@interpreted
 def test_continuous_batching():
     # Two requests side by side among the keys: 30 keys with 6 queries, then 25 with 11.
     query = torch.cat([torch.arange(24, 30), torch.arange(44, 55)])[None]
@@ -197,19 +189,16 @@ def test_continuous_batching():
     check(FirePositions(query - first, query, torch.arange(55)[None], first, query + 1, consecutive=True), L=9.0)
 
 
-@interpreted
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
 def test_groups_of_heads(heads, kv_heads):
     check(FirePositions.arange(33), heads=heads, kv_heads=kv_heads, batch=2)
 
 
-@interpreted
 @pytest.mark.parametrize("head_dim", [1, 48, 128])
 def test_head_dims(head_dim):
     check(FirePositions.arange(33), head_dim=head_dim, scaling=head_dim**-0.5)
 
 
-@interpreted
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "capability"),
     [
@@ -233,7 +222,6 @@ def test_shipped_tiles(dtype, head_dim, capability, monkeypatch):
     assert max(found.values()) < (1e-5 if dtype == torch.float32 else 2e-2), found
 
 
-@interpreted
 @pytest.mark.parametrize("memory", ["heads first", "scattered"])
 def test_strides(memory):
     positions = FirePositions.arange(20)
@@ -245,7 +233,6 @@ def test_strides(memory):
     check(positions, inputs=inputs)
 
 
-@interpreted
 @pytest.mark.parametrize("transform", ["log", "power", "identity"])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_transforms(transform, per_head):
@@ -256,20 +243,17 @@ def test_transforms(transform, per_head):
     check(positions, bias)
 
 
-@interpreted
 @pytest.mark.parametrize("c", [0.0, 1e-6, 30.0])
 @pytest.mark.parametrize("L", [1e-3, 20.0, 1000.0])
 def test_extremes_of_c_and_L(c, L):
     check(FirePositions.arange(33), c=c, L=L)
 
 
-@interpreted
 @pytest.mark.parametrize("knots", [0, 1, 64])
 def test_numbers_of_knots(knots):
     check(FirePositions.arange(40), width=knots)
 
 
-@interpreted
 @pytest.mark.parametrize(
     "positions", [FirePositions.arange(35), FirePositions.arange(2, past=60)], ids=["long", "decode"]
 )
@@ -287,21 +271,20 @@ def test_duplicate_and_infinite_knots(positions):
     check(positions, template._replace(knots=knots, slope=slope, offset=offset))
 
 
-@interpreted
 def test_far_tiles():
     """With gentle slopes tiles are expanded near enough that a short sequence has some."""
     positions = FirePositions.arange(24, past=180)
     bias = random_bias(1, positions, L=100.0, slope=0.02, dtype=torch.float32)
     inputs = random_inputs(positions, heads=1)
-    rows = triton_fire.Rows.of(bias, positions)
-    plan = triton_fire.make_plan(*inputs[:2], bias, rows, triton_fire.Blocks(16, 16, 4, 1), False)
+    rows = triton_fire.Rows.of(bias.to(DEVICE), to_device(positions))
+    query, key = (tensor.to(DEVICE) for tensor in inputs[:2])
+    plan = triton_fire.make_plan(query, key, bias, rows, triton_fire.Blocks(16, 16, 4, 1), False)
     fields = plan.tensors[2]
-    assert 50 < fields[0, 0, 0, triton_fire.LAST_FAR.value] < 100
+    assert 50 < fields[0, 0, 0, LAST_FAR.value] < 100
     check(positions, bias, inputs=inputs)
     check(positions, heads=1, c=1e-4, L=1000.0)
 
 
-@interpreted
 def test_rows_that_see_nothing():
     index = torch.arange(40)[None]
     last = index + 1
@@ -317,7 +300,6 @@ def test_rows_that_see_nothing():
     check(FirePositions.arange(3)._replace(last=torch.tensor([[0, 2, 0]])))
 
 
-@interpreted
 @pytest.mark.parametrize("queries", [1, 20])
 def test_static_cache(queries):
     """Beyond `last` a cache holds anything, which must not matter."""
@@ -341,7 +323,6 @@ def test_static_cache(queries):
                 assert (gradient[:, :, 33:] == 0).all()
 
 
-@interpreted
 @pytest.mark.parametrize("general", [False, True])
 def test_coordinates_of_a_million(general):
     positions = FirePositions.arange(30)
@@ -353,14 +334,12 @@ def test_coordinates_of_a_million(general):
     check(positions)
 
 
-@interpreted
 @pytest.mark.parametrize("L", [12.0, 0.5, 500.0])
 def test_threshold(L):
     """Below, at (tied with position 12) and above the positions."""
     check(FirePositions.arange(30), L=L)
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     """
@@ -386,15 +365,14 @@ def test_low_precision(dtype):
     assert max(found[name] for name in NAMES[3:]) < torch.finfo(dtype).eps, found
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_decoding_in_low_precision(dtype):
     positions = FirePositions.arange(1, past=60)
     bias = random_bias(2, positions, dtype=torch.float32)
-    query, key, value, _ = random_inputs(positions, head_dim=32, batch=2, dtype=dtype)
+    query, key, value, grad = random_inputs(positions, head_dim=32, batch=2, dtype=dtype)
     expected, _ = dense_attention(query.double(), key.double(), value.double(), double(bias), positions, 0.2)
     plain, _ = low_precision_attention(query, key, value, bias, positions, 0.2)
-    output, _ = triton_fire.forward(query, key, value, bias, positions, 0.2)
+    output = fused(query, key, value, grad, bias, positions, 0.2)[0]
     assert output.dtype == dtype
     assert (output - expected).abs().max() <= 2 * (plain - expected).abs().max()
 
@@ -407,7 +385,6 @@ def low_precision_attention(query, key, value, bias, positions, scaling):
     return scores.softmax(-1).to(query.dtype) @ value, scores.logsumexp(-1)
 
 
-@interpreted
 def test_repeats_bitwise():
     positions = POSITIONS["packed"]
     inputs = random_inputs(positions)
@@ -417,7 +394,6 @@ def test_repeats_bitwise():
     assert all(torch.equal(*pair) for pair in zip(first[2], second[2], strict=True))
 
 
-@interpreted
 def test_flat_slopes_at_small_psi():
     """The gradient of a slope of 0 needs an accurate `x`, though scores do not."""
     positions = FirePositions.arange(20)
@@ -426,20 +402,16 @@ def test_flat_slopes_at_small_psi():
     check(positions, bias, tolerance=2e-6)
 
 
-@interpreted
 def test_without_gradients_of_the_bias():
     positions = FirePositions.arange(20)
     inputs = random_inputs(positions)
     bias = random_bias(2, positions, dtype=torch.float32)
-    output, lse, with_bias = fused(*inputs, bias, positions, 0.3)
-    query, key, value, grad = inputs
-    without = triton_fire.backward(grad, query, key, value, output, lse, bias, positions, 0.3, False)
+    with_bias, without = (fused(*inputs, bias, positions, 0.3, bias_grad)[2] for bias_grad in (True, False))
     assert all(torch.equal(*pair) for pair in zip(without[:3], with_bias[:3], strict=True))
     for gradient, expected in zip(without[3:], with_bias[3:], strict=True):
         assert gradient.shape == expected.shape and (gradient == 0).all()
 
 
-@interpreted
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decoding(queries, splits, monkeypatch):
@@ -454,14 +426,12 @@ def test_decoding(queries, splits, monkeypatch):
     check(window, bias._replace(transform="power", row_scale=0.3 * bias.row_scale), heads=4, kv_heads=2, batch=2)
 
 
-@interpreted
 def test_decoding_with_invisible_keys():
     whole = scattered(70)
     positions = whole._replace(absolute=whole.absolute[:, -2:], query=whole.query[:, -2:])
     check(positions._replace(first=whole.first[:, -2:], last=whole.last[:, -2:]), batch=2)
 
 
-@interpreted
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     queries=st.integers(1, 40),
