@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import random_ids, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import dense_attention, dense_bias, double, random_bias
@@ -451,6 +452,27 @@ def test_any_shape(queries, past, window, causal, group, head_dim, width, L, c, 
     bias = random_bias(group, positions, L=L, c=c, width=width, transform=transform, seed=seed, dtype=torch.float32)
     inputs = random_inputs(positions, heads=group, head_dim=head_dim, seed=seed)
     check(positions, bias, inputs=inputs, scaling=head_dim**-0.5)
+
+
+def test_a_model_on_the_kernels(monkeypatch):
+    """Loss and every gradient of a training step, and generation, are those of the plain formula."""
+    monkeypatch.setenv("FIRE_BACKEND", "triton")
+    ids, mask = random_ids(2, 20).to(DEVICE), torch.ones(2, 20, dtype=torch.long, device=DEVICE)
+    mask[0, :5] = 0
+    labels = ids.masked_fill(mask.cumsum(-1) <= 1, -100)  # not what follows padding
+    results = []
+    for name in ("eager", "fire"):
+        model = tiny_model(attn_implementation=name).to(DEVICE)
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        results.append((loss, tokens, {key: value.grad for key, value in model.named_parameters()}))
+    (expected, tokens, gradients), (loss, found, actual) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, tokens)
+    for key, value in gradients.items():
+        if not key.endswith("mlp.2.bias"):  # rounding errors of 0
+            assert (actual[key] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-7, key
 
 
 def test_compiles_for_gpus():
