@@ -46,6 +46,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def once(function: Callable[[], object], device: str, repeat: int) -> float:
+    """Seconds of a call: the mean over `repeat` calls in a row, none of which waits for the one before on a GPU."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - begin) / repeat
+
+
 def interleaved(functions: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
     """
     Seconds of each call, in rounds: every function once a round, so that whatever else the machine does meets all of
@@ -54,19 +64,19 @@ def interleaved(functions: Mapping[str, Callable[[], object]], device: str, seco
     Args:
         functions (`Mapping[str, Callable[[], object]]`): what to time.
         device (`str`): `"cpu"` or `"cuda"`.
-        seconds (`float`): about how long to go on; three rounds at least, and a first one that does not count.
+        seconds (`float`): about how long to go on; three rounds at least, after two calls that do not count.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()  # compiles what is compiled
+    first = {name: once(function, device, 1) for name, function in functions.items()}
+    # On a GPU so many calls in a row that starting the first does not count.
+    repeat = {name: max(1, int(0.02 / time)) if device == "cuda" else 1 for name, time in first.items()}
     start, rounds = time.perf_counter(), 0
-    with tqdm(total=seconds, unit="s", leave=False, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}s") as progress:
-        while rounds < 4 or time.perf_counter() - start < seconds:
+    with tqdm(total=seconds, leave=False, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f}s") as progress:
+        while rounds < 3 or time.perf_counter() - start < seconds:
             for name, function in functions.items():
-                synchronize(device)
-                begin = time.perf_counter()
-                function()
-                synchronize(device)
-                if rounds:
-                    times[name].append(time.perf_counter() - begin)
+                times[name].append(once(function, device, repeat[name]))
             rounds += 1
             progress.update(min(time.perf_counter() - start, seconds) - progress.n)
     return times

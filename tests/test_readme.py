@@ -26,7 +26,9 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert (tmp_path / "outputs/mine/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "recipes/demo/README.md", "recipes/defaults/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "benchmarks/README.md", "recipes/demo/README.md", "recipes/defaults/README.md"]
+)
 def test_links_exist(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):

@@ -1,0 +1,238 @@
+"""
+Other architectures become FIRE: `convert` (and `fire convert`) rewrites a checkpoint and proves that it did it right.
+
+A family of architectures is one file here, [`Family`], and one line in `FAMILIES`. Nothing of this travels with saved
+models.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+
+from ..configuration_fire import FireConfig
+from ..modeling_fire import FireForCausalLM
+from .bloom import BLOOM
+from .card import model_card
+from .family import ConversionError, Family
+from .gpt_neox import GPT_NEOX
+from .llama import LLAMA
+from .mpt import MPT
+from .proof import Proof, prompt_ids, prove
+from .source import Source
+from .weights import Shard, WeightMap, bias_weights, read, write_shards
+
+
+FAMILIES = {model_type: family for family in (LLAMA, GPT_NEOX, BLOOM, MPT) for model_type in family.model_types}
+RECORD_NAME = "conversion.json"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """
+    What was converted and how well; `conversion.json` holds the same.
+
+    Args:
+        source (`str`): Hub id, or name of the folder.
+        revision (`str`, *optional*): commit of the source on the Hub.
+        gguf_file (`str`, *optional*): the file that was read.
+        model_type (`str`): the source's.
+        rotation (`str`, *optional*): `"drop"` or `"keep"`; `None` for ALiBi.
+        max_length (`float`): `L`, in tokens.
+        proof ([`Proof`], *optional*): `None` if it was not asked for.
+        versions (`dict[str, str]`): of the libraries.
+    """
+
+    source: str
+    revision: str | None
+    gguf_file: str | None
+    model_type: str
+    rotation: str | None
+    max_length: float
+    proof: Proof | None
+    versions: dict[str, str]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    rotation: Literal["drop", "keep"] = "drop",
+    max_length: int | None = None,
+    prompt: str | None = None,
+    verify: bool = True,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = 2 * 10**9,
+) -> Conversion:
+    """
+    Rewrites a checkpoint as a FIRE model and, unless told not to, proves that it computes the same.
+
+    Weights are streamed: memory holds about one shard, until the proof, which loads first the original and then the
+    converted model in float32. `out` appears when all is done, and not at all if anything fails; a run that is killed
+    leaves a folder `out.partial-...` beside it, which may go.
+
+    Args:
+        source (`str` or `Path`): folder or Hub id of the original.
+        out (`str` or `Path`): folder to write.
+        rotation (`str`, *optional*, defaults to `"drop"`):
+            `"drop"` writes pure FIRE; `"keep"` the model that computes what the original does, with the rotation at
+            scale 1. In both FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
+        max_length (`int`, *optional*, defaults to 64 times the training length):
+            Initial `L`, in tokens. ALiBi is exact up to here.
+        prompt (`str`, *optional*): text for the proof.
+        verify (`bool`, *optional*, defaults to `True`): whether to make the proof.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        gguf_file (`str`, *optional*): file of the source to read instead, through transformers: all of it at once.
+        overwrite (`bool`, *optional*, defaults to `False`): whether a model that is in `out` may be replaced.
+        max_shard_size (`int`, *optional*, defaults to 2 GB): bytes in a file of weights.
+
+    Returns:
+        [`Conversion`].
+
+    Raises:
+        [`ConversionError`]: for an architecture, an option or weights that cannot be converted (before anything is
+            written), and if the proof fails.
+    """
+    out = Path(out).resolve()
+    check_out(out, source, overwrite)
+    original = Source.open(source, revision, gguf_file)
+    config = read_config(original)
+    family = FAMILIES[config.model_type]
+    kept, final = fire_configs(family, config, rotation, max_length)
+
+    with torch.device("meta"):
+        model = FireForCausalLM(final)
+    weight_map = WeightMap(family, model)
+    tokenizer = original.tokenizer()
+    ids = prompt_ids(tokenizer, prompt, final) if verify else None
+    shards = original.shards()
+    weight_map.check(shards)
+    if model.config.dtype is None:
+        # Loading would go by the first tensor it meets, and that is one of the float32 bias.
+        model.config.dtype = next(tensor.dtype for _, tensor in read(shards[0]))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as partial:
+        staging = Path(partial) / out.name
+        staging.mkdir()  # unlike its temporary parent, with the permissions that any new folder has
+        slopes = family.alibi_slopes(config) if family.alibi_slopes is not None else None
+        write_shards(converted(shards, weight_map, bias_weights(final, slopes)), staging, max_shard_size)
+        del shards  # of a GGUF file a whole model
+        write_around_weights(staging, model, original, tokenizer)
+        proof = prove(original, staging, kept, ids) if ids is not None else None
+        if proof is not None and not proof.holds:
+            raise ConversionError(f"The converted model is not the original: {proof}. Nothing was written.")
+
+        record = Conversion(
+            source=original.name,
+            revision=original.revision,
+            gguf_file=gguf_file,
+            model_type=config.model_type,
+            rotation=None if slopes is not None else rotation,
+            max_length=final.fire_init_L,
+            proof=proof,
+            versions=library_versions(),
+        )
+        (staging / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
+        model_card(original, out.name, record.rotation, record.max_length, proof).save(staging / "README.md")
+        if out.exists():
+            out.rename(Path(partial) / "replaced")
+        staging.rename(out)
+    return record
+
+
+def check_out(out: Path, source: str | Path, overwrite: bool) -> None:
+    """Raises [`ConversionError`] unless `out` may be written to, which takes more than a word where files are lost."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ConversionError(f"{out} exists and is not an empty folder. `overwrite` replaces a model that is there.")
+    if not (out / CONFIG_NAME).is_file():
+        raise ConversionError(f"{out} is not a model (it has no {CONFIG_NAME}), and is not overwritten.")
+    if Path(source).resolve().is_relative_to(out):
+        raise ConversionError(f"{out} holds the source, and is not overwritten.")
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The config of the original. Raises [`ConversionError`] for an architecture that is not supported."""
+    try:
+        stored = source.config_dict()
+    except OSError as error:
+        raise ConversionError(f"The config of {source.name} cannot be read: {error}") from error
+    if "model_type" not in stored:
+        raise ConversionError(f"{source.name} has no {CONFIG_NAME} that names a `model_type`.")
+    if stored["model_type"] not in FAMILIES:
+        raise ConversionError(
+            f"The architecture {stored['model_type']!r} is not supported. Supported are {', '.join(FAMILIES)}."
+        )
+    if stored.get("quantization_config") is not None:
+        raise ConversionError("`quantization_config` is not supported: convert the weights it was made from.")
+    return source.config()
+
+
+def fire_configs(
+    family: Family, config: PreTrainedConfig, rotation: str, max_length: int | None
+) -> tuple[FireConfig, FireConfig]:
+    """
+    The config that computes what the original does, and the one to save. Raises [`ConversionError`] for options that
+    FIRE does not have.
+    """
+    if rotation not in ("drop", "keep"):
+        raise ConversionError(f"`rotation` must be 'drop' or 'keep', got {rotation!r}.")
+    alibi = family.alibi_slopes is not None
+    if alibi and rotation == "keep":
+        raise ConversionError(f"`rotation='keep'` does not apply: {config.model_type} has ALiBi, and no rotation.")
+    try:
+        fields = family.fire_fields(config) | {"fire_init_L": max_length, "architectures": ["FireForCausalLM"]}
+        if alibi:  # the form of `FirePositionBias.from_alibi`
+            fields |= {"fire_transform": "identity", "fire_mlp_width": 1}
+        kept = FireConfig(**fields)
+        dropped = FireConfig(**fields | {"rope_parameters": None})
+    except (ConversionError, StrictDataclassError) as error:
+        problem = error.__cause__ or error  # without what `@strict` says around it
+        raise ConversionError(f"{config.model_type}: {problem} Supported are {', '.join(FAMILIES)}.") from error
+    return kept, dropped if rotation == "drop" else kept
+
+
+def converted(
+    shards: list[Shard], weight_map: WeightMap, biases: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """FIRE's tensors one by one: those of the source, then the position biases."""
+    weights = (pair for shard in shards for source in read(shard) for pair in weight_map.convert(*source).items())
+    total = len(weight_map.shapes) - weight_map.tied
+    yield from logging.tqdm(itertools.chain(weights, biases), total=total, desc="Converting", unit=" tensors")
+
+
+def write_around_weights(
+    folder: Path, model: FireForCausalLM, source: Source, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Config and code, as `save_pretrained` writes them; tokenizer, chat template and generation config."""
+    custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
+    model.config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if (source.folder / GENERATION_CONFIG_NAME).exists():
+        shutil.copyfile(source.folder / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that a conversion depends on, as far as they were installed rather than found on the path."""
+    names = ("modeling-fire", "torch", "transformers", "safetensors")
+    installed = {str(distribution.name).lower() for distribution in importlib.metadata.distributions()}
+    return {name: importlib.metadata.version(name) for name in names if name in installed}
+
+
+__all__ = ["FAMILIES", "Conversion", "ConversionError", "Family", "Proof", "convert"]

@@ -1,0 +1,85 @@
+"""Tiny random checkpoints of other architectures, for the tests of the conversion."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from modeling_fire.conversion.proof import PROMPT
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
+LLAMA = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 32}
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Moves every parameter away from its initial value, which for norms and biases would hide a mix-up."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    return randomised(LlamaForCausalLM(LlamaConfig(**{**LLAMA, "rope_parameters": dict(ROPE), **changes})))
+
+
+def mistral(**changes) -> MistralForCausalLM:
+    return randomised(MistralForCausalLM(MistralConfig(**{**LLAMA, "sliding_window": None, **changes})))
+
+
+def qwen2(**changes) -> Qwen2ForCausalLM:
+    return randomised(Qwen2ForCausalLM(Qwen2Config(**{**LLAMA, **changes})))
+
+
+def qwen3(**changes) -> Qwen3ForCausalLM:
+    return randomised(Qwen3ForCausalLM(Qwen3Config(**{**LLAMA, "head_dim": 12, **changes})))
+
+
+def gpt_neox(rotary: float = 0.5, **changes) -> GPTNeoXForCausalLM:
+    rope = {**ROPE, "partial_rotary_factor": rotary}
+    fields = {**SIZES, "intermediate_size": 80, "max_position_embeddings": 32, "rope_parameters": rope, **changes}
+    return randomised(GPTNeoXForCausalLM(GPTNeoXConfig(**fields)))
+
+
+def bloom(**changes) -> BloomForCausalLM:
+    return randomised(
+        BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=48, **SPECIAL, **{"n_head": 4, **changes}))
+    )
+
+
+def mpt(**changes) -> MptForCausalLM:
+    fields = {"d_model": 48, "n_heads": 4, "n_layers": 2, "vocab_size": 99, "max_seq_len": 64, **SPECIAL, **changes}
+    return randomised(MptForCausalLM(MptConfig(**fields)))
+
+
+def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of the 96 letters and signs that ids below 99 have room for, with a chat template."""
+    vocabulary = ["<pad>", "<s>", "</s>", *sorted(set(PROMPT))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return fast
