@@ -126,7 +126,7 @@ def plot(rows: list[dict], path: Path) -> None:
             for number, peer in enumerate(PEERS):
                 points = [(row["length"], row[field]) for row in rows if (row["pass"], row["peer"]) == (name, peer)]
                 if points:
-                    bold = {"linewidth": 2.5} if peer == "FIRE, fused" else {}
+                    bold = {"linewidth": 2.5, "zorder": 3} if peer == "FIRE, fused" else {}
                     axis.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=peer, **bold)
             axis.set(xscale="log", yscale="log", xlabel="length", ylabel={"ms": "time (ms)"}.get(field, "peak MiB"))
             axis.set_xticks(sorted({row["length"] for row in rows}))
@@ -134,8 +134,8 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[0, column].set_title(name)
-    axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
