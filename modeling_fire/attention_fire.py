@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama.modeling_llama import repeat_kv
+from transformers.utils import logging
 from transformers.utils.versions import require_version
 
 from .operator_fire import backend_name, fused_attention
@@ -25,6 +25,8 @@ from .piecewise_fire import PiecewiseBias
 from .position_bias_fire import PositionBias
 from .positions_fire import FirePositions
 
+
+logger = logging.get_logger(__name__)
 
 # Largest number of scalars that one block of queries may hold in the computation of its bias (256 MiB in float32).
 MAX_BLOCK_ELEMENTS = 2**26
@@ -97,7 +99,8 @@ def eager_attention_forward(
         scores = scores + bias  # float32: a bias rounded to bfloat16 would be off by more than the scores are
     if attention_mask is not None:
         if not attention_mask.is_floating_point():  # a mask of the caller's own
-            attention_mask = torch.where(attention_mask.bool(), 0.0, torch.finfo(scores.dtype).min)
+            hidden = torch.zeros_like(attention_mask, dtype=scores.dtype)
+            attention_mask = hidden.masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
         scores = scores + attention_mask
     softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
     probabilities = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
@@ -229,6 +232,8 @@ def fire_attention_forward(
             module, query, key, value, attention_mask, positions, position_bias,
             scaling=scaling, dropout=dropout, **kwargs,
         )  # fmt: skip
+    if kwargs.get("output_attentions"):
+        logger.warning_once("`output_attentions=True` needs `attn_implementation='eager'`: 'fire' has no attentions.")
     bias = piecewise_bias(module, position_bias, positions, query)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -298,6 +303,10 @@ def fire_attention(
         `torch.Tensor` of shape `(batch, heads, queries, head_dim)`, of the dtype of `query`.
     """
     queries, keys = query.shape[2], key.shape[2]
+    if key.shape != value.shape or key.shape[::3] != query.shape[::3]:
+        raise ValueError(f"Shapes do not fit: query {query.shape}, key {key.shape}, value {value.shape}.")
+    if not torch.is_autocast_enabled(query.device.type) and not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"Types differ: query {query.dtype}, key {key.dtype}, value {value.dtype}.")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads.")
     if positions is None and cu_seqlens is not None:
@@ -333,19 +342,13 @@ def flex_attention(
     return flex_attention_forward(module, query, key, value, attention_mask, position_bias=bias, **kwargs)
 
 
-def padding_mask(*args, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """What `generate` prepares as the mask for "fire": that of the padding, which the model makes positions of."""
-    return attention_mask
-
-
 # Named as in transformers, which looks for this name when `set_attn_implementation` is called.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["fire"] = fire_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
 ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention
-# transformers checks names against its own registries.
+# transformers checks names against its own registry.
 AttentionInterface.register("fire", fire_attention_forward)
-AttentionMaskInterface.register("fire", padding_mask)
 
 SUPPORTED_ATTENTION = ("fire", "eager", "sdpa", "flex_attention")
 

@@ -208,7 +208,7 @@ class SharedChunk(Chunk):
 
     def bias(self, heads: slice, scratch: Scratch | None = None) -> torch.Tensor:
         ready = self.call.bias.table
-        if ready is not None and self.num_rows == 1:
+        if ready is not None and self.num_rows == 1 and self.num_keys - 1 <= self.span.top < ready.shape[1]:
             start = ready.shape[1] - 1 - self.span.top
             return ready[heads, start : start + self.num_keys, None].mT
         table = self.call.shared.seen(self.span.window, self.span.ahead)

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
 from .configuration_fire import FireConfig
 from .position_bias_fire import Float32Linear, PositionBias, build_position_bias
-from .positions_fire import FirePositions, has_padding, padded_positions, paged_positions
+from .positions_fire import FirePositions, has_jumps, has_padding, padded_positions, paged_positions
 
 
 try:
@@ -340,15 +340,23 @@ class FireModel(FirePreTrainedModel):
         mask = None
         if attention_mask is not None and attention_mask.ndim != 2:
             positions = positions._replace(first=None, last=None)
-        elif attention_mask is not None and has_padding(attention_mask):
-            mask = nn.functional.pad(attention_mask.to(device).bool(), (0, num_keys - attention_mask.shape[-1]))
-            positions = padded_positions(positions, mask, position_ids)
+        elif attention_mask is not None:
+            least = offset + length if isinstance(offset, int) else length
+            if attention_mask.shape[0] != inputs_embeds.shape[0] or not least <= attention_mask.shape[1] <= num_keys:
+                raise ValueError(
+                    f"`attention_mask` has shape {tuple(attention_mask.shape)}; a mask of 2 dimensions is for all "
+                    f"tokens, cached ones included: ({inputs_embeds.shape[0]}, {least})."
+                )
+            if has_padding(attention_mask):
+                mask = nn.functional.pad(attention_mask.to(device).bool(), (0, num_keys - attention_mask.shape[1]))
+                positions = padded_positions(positions, mask, position_ids)
 
         if key_position_ids is not None:
             return positions._replace(query=position_ids, key=key_position_ids, visible=mask, consecutive=False)
         if past_key_values is None and position_ids is not None:
             if attention_mask is not None:
-                # Nothing says that they have no gaps.
+                if positions.consecutive and not has_jumps(position_ids, mask):
+                    return positions
                 return positions._replace(query=position_ids, key=position_ids, visible=mask, consecutive=False)
             # Documents start where positions do not go on.
             starts = nn.functional.pad(position_ids.diff() != 1, (1, 0))
@@ -420,14 +428,23 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def generate_batch(self, *args, **kwargs):
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
+        """The padding mask as it is: `forward` makes positions of it, which one of 4 dimensions does not tell."""
+        return attention_mask
+
+    def init_continuous_batching(self, *args, **kwargs):
         """
-        Continuous batching, see transformers. It knows attention implementations by name: meanwhile "fire" is called
-        "sdpa", and with a paged cache that is fused all the same.
+        See transformers, which knows attention implementations by name here: "fire" has to be called "sdpa". With a
+        paged cache that is fused all the same.
         """
-        implementation = self.config._attn_implementation
-        if implementation == "fire":
+        if self.config._attn_implementation == "fire":
             self.set_attn_implementation("sdpa")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Continuous batching, see transformers and `init_continuous_batching`."""
+        implementation = self.config._attn_implementation
         try:
             return super().generate_batch(*args, **kwargs)
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
 
@@ -178,6 +179,17 @@ def _backward(ctx, grad_output, _):
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).attention)
+def _forward_flops(query_shape, key_shape, *args, **kwargs) -> int:
+    batch, heads, queries, head_dim = query_shape
+    return 4 * batch * heads * queries * key_shape[2] * head_dim  # like PyTorch's own: as if nothing were masked
+
+
+@register_flop_formula(getattr(torch.ops, NAMESPACE).attention_backward)
+def _backward_flops(grad_shape, query_shape, key_shape, *args, **kwargs) -> int:
+    return 5 * _forward_flops(query_shape, key_shape) // 2
 
 
 def fused_attention(

@@ -11,7 +11,6 @@ FIRE is defined in Li et al., *Functional Interpolation for Relative Positions I
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -93,12 +92,14 @@ class Float32Linear(nn.Module):
                     value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
                 init.copy_(parameter, value)
 
-    def forward(self, hidden_states: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Without an input: a copy of its weight and bias."""
-        if hidden_states is None:
-            # Sharded parameters have values during a call of their module, and lose them as it ends.
+    def forward(self, hidden_states: torch.Tensor, parameters: bool = False) -> torch.Tensor:
+        """
+        With `parameters`, instead of the output for `hidden_states`: a copy of the weight and, as a last column, of
+        the bias. Sharded parameters have values during a call of their module, and lose them as it ends.
+        """
+        if parameters:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            return self.weight.to(dtype, copy=True), self.bias.to(dtype, copy=True)
+            return torch.cat((self.weight, self.bias[:, None]), dim=1).to(dtype)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # FSDP may hand in bfloat16
         return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
@@ -215,7 +216,7 @@ class FirePositionBias(PositionBias):
         self.eps, self.transform = eps, transform
         self.progressive, self.threshold = progressive, threshold
         self.hidden_width = mlp_width
-        self._memory: dict = {}  # of inference, see `remember`
+        self.memory: dict = {}  # of inference, see `may_remember`
         self._initial_c, self._initial_L = float(init_c), float(init_L)
 
         start_hidden, start_middle, start_output = uniform_start, uniform_start, uniform_start
@@ -276,11 +277,20 @@ class FirePositionBias(PositionBias):
 
     @property
     def is_piecewise(self) -> bool:
-        return len(self.mlp) == 3 and isinstance(self.mlp[1], nn.ReLU)
+        # An adapter may have put something else in the place of `mlp`, which then is only called.
+        return isinstance(self.mlp, nn.Sequential) and len(self.mlp) == 3 and isinstance(self.mlp[1], nn.ReLU)
 
     def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
-        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        constants = self.remember("constants", partial(self.constants, dtype)) if inference else self.constants(dtype)
+        # One token after the other: what is the same for all of them is worked out once.
+        one_token = positions.absolute.shape[1] == 1
+        memory = self.memory if one_token and self.may_remember() else None
+        if not one_token:
+            self.memory.clear()
+        if memory is None:
+            constants = self.constants(dtype)
+        else:
+            constants = memory.get("constants") or self.constants(dtype)
+            memory["constants"] = constants
         knots, slope, offset, c, length, scale = constants
         absolute = positions.absolute.to(dtype)
         if not self.progressive:
@@ -294,15 +304,20 @@ class FirePositionBias(PositionBias):
             beyond = 1 / (psi(torch.maximum(absolute, length), c, self.transform) + self.eps)
             row_scale = torch.where(shared, scale, beyond)
         table = None
-        if inference and absolute.shape[1] == 1 and absolute.device.type == "cpu" and scale is not None:
-            # One token after the other: room for twice as many keys before it has to be computed again.
-            size = 2 ** positions.key.shape[1].bit_length()
-            table = self.remember(size, partial(self.table, size, knots, slope, offset, c, scale))
+        if memory is not None and absolute.device.type == "cpu" and bool(shared.any()):
+            table = memory.get("table")
+            if table is None or table.shape[1] < positions.key.shape[1]:
+                # Room for twice as many keys before it has to be computed again.
+                size = 2 ** positions.key.shape[1].bit_length()
+                table = memory["table"] = self.table(size, knots, slope, offset, c, scale)
         return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
 
     def constants(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Knots, slopes, offsets, `c`, `L`, and the scale of the queries before `L`: what parameters alone decide."""
-        knots, slope, offset = relu_pieces(*self.mlp[0](), *self.mlp[2]())
+        # Called as modules, with an input of no rows, for the sake of hooks: those that gather, and those that watch.
+        hidden = self.mlp[0](self.init_L.new_empty(0, 1), parameters=True)
+        output = self.mlp[2](self.init_L.new_empty(0, self.hidden_width), parameters=True)
+        knots, slope, offset = relu_pieces(hidden[:, :-1], hidden[:, -1], output[:, :-1], output[:, -1])
         c = slope.new_ones(1) if self.c is None else self.c.to(dtype).abs()
         length, scale = None, None
         if self.threshold:
@@ -326,22 +341,33 @@ class FirePositionBias(PositionBias):
         segments = torch.bucketize(x, knots)
         return slope[:, segments] * x + offset[:, segments]
 
-    def remember(self, name: str | int, compute: Callable) -> Any:
-        """What `compute` returned under this `name` since a parameter last changed."""
-        parameters = [p for module in (self, self.mlp[0], self.mlp[2]) for p in module._parameters.values()]
-        parameters = [parameter for parameter in parameters if parameter is not None]
-        if any(isinstance(parameter, DTensor) or parameter.is_inference() for parameter in parameters):
-            return compute()
-        state = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        if self._memory.get("state") != state:
-            self._memory = {"state": state}
-        if name not in self._memory:
-            self._memory[name] = compute()
-        return self._memory[name]
+    def may_remember(self) -> bool:
+        """Whether this is inference, with parameters that can be watched. Forgets what changes of them outdate."""
+        layers = self.mlp[0], self.mlp[2]
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if not all(type(layer) is Float32Linear and "weight" in layer._parameters for layer in layers):
+            return False  # an adapter, or a parametrization
+        watched = [*self.parameters(), self.init_L]
+        if any(isinstance(tensor, DTensor) or tensor.is_inference() for tensor in watched):
+            return False
+        if watched[0].device.type == "cpu":
+            state = self.memory.get("state")
+            current = state is not None and all(torch.equal(x, y) for x, y in zip(watched, state, strict=True))
+        else:  # a comparison of values would wait for the device
+            state = [(tensor.data_ptr(), tensor._version) for tensor in watched]
+            current = self.memory.get("state") == state
+        if not current:
+            self.memory.clear()
+            self.memory["state"] = [x.clone() for x in watched] if watched[0].device.type == "cpu" else state
+        return True
 
     def train(self, mode: bool = True) -> "FirePositionBias":
-        self._memory = {}  # sharded training changes values in place, without a new version
+        self.memory.clear()  # sharded training changes values in place, without a new version
         return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "memory": {}}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name in ("c", "L_multiplier", "init_L"):

@@ -107,7 +107,10 @@ class FirePositions(NamedTuple):
         large bias could outweigh the mask in float16, and would spoil the scale of a rounded row.
         """
         difference = self.query[:, :, None] - self.key[:, None, :]
-        return difference.clamp(min=0) if self.causal else difference.abs()
+        if self.causal and (self.consecutive or self.last is None):
+            return difference.clamp(min=0)
+        # Coordinates of the caller's own need not ascend: a key seen may be ahead.
+        return difference.abs().where(self.mask()[:, 0], 0) if self.causal else difference.abs()
 
 
 def paged_positions(
@@ -148,3 +151,11 @@ def has_gaps(attention_mask: torch.Tensor) -> bool:
     return is_tracing(attention_mask) or bool(
         (attention_mask.int().diff() == 1).sum(-1).gt(~attention_mask[:, 0]).any()
     )
+
+
+def has_jumps(position_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether positions do not go up by one from token to token, beside a mask without gaps; assumed while tracing."""
+    jumps = position_ids.diff() != 1
+    if mask is not None:
+        jumps = jumps & mask[:, 1:] & mask[:, :-1]
+    return is_tracing(position_ids) or bool(jumps.any())

@@ -343,16 +343,35 @@ def test_no_tensor_of_queries_keys_and_heads_exists(monkeypatch, scenario, train
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
 @pytest.mark.parametrize("name", ["eager", "sdpa", "fire"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 @torch.no_grad()
-def test_masks_of_the_callers_own(name, dtype):
+def test_masks_of_the_callers_own(name, dtype, precision):
     if name != "eager" and dtype == torch.long:
         pytest.skip("torch takes no integer masks, and says so")
-    model, ids = tiny_model(attn_implementation=name), random_ids(2, LENGTH)
+    model, ids = tiny_model(attn_implementation=name).to(precision), random_ids(2, LENGTH)
     causal = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     mask = (
         causal.float().log().clamp(min=torch.finfo(torch.float32).min) if dtype.is_floating_point else causal.to(dtype)
     )
     torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, LENGTH + 1), (2, LENGTH - 1), (1, LENGTH)])
+def test_masks_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"`attention_mask` has shape \({shape[0]}, {shape[1]}\)"):
+        tiny_model()(random_ids(2, LENGTH), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("given", ["position_ids", "key_position_ids"])
+@torch.no_grad()
+def test_coordinates_that_do_not_ascend(given):
+    ids, positions = random_ids(1, 8), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
+    arguments = {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
+    if given == "key_position_ids":
+        arguments = {"position_ids": positions.flip(1), "key_position_ids": positions.flip(1)}
+    expected, *others = (tiny_model(attn_implementation=name)(ids, **arguments).logits for name in SUPPORTED_ATTENTION)
+    for actual in others:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 # Choice of an implementation

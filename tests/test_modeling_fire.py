@@ -298,6 +298,24 @@ def test_continuous_batching():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "fire"])
+def test_a_static_cache_knows_of_gaps(attn_implementation):
+    """Right-padded prompts: what is generated stands after the padding."""
+    model, ids = tiny_model(attn_implementation=attn_implementation), random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+    assert torch.equal(model.generate(**inputs, cache_implementation="static"), model.generate(**inputs))
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="its paged SDPA takes no bias")
+def test_a_manager_of_continuous_batching():
+    model = tiny_model()
+    model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(num_blocks=8))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
 def test_compiles_as_one_graph_with_a_static_cache():
     model = tiny_model()
     ids = random_ids(2, LENGTH)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from reference import dense_attention, double, random_bias
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_fire import FirePositionBias
 from modeling_fire.attention_fire import fire_attention
@@ -176,7 +177,11 @@ def test_bad_shapes_are_refused():
     with pytest.raises(ValueError, match="cannot be the last of 7 keys"):
         fire_attention(query, key, value, bias)
     with pytest.raises(ValueError, match="no multiple of 3"):
-        fire_attention(query, *(torch.randn(2, 3, 9, 8) for _ in range(2)), bias)
+        fire_attention(query, *(torch.randn(2, 3, 9, 8).double() for _ in range(2)), bias)
+    with pytest.raises(ValueError, match="Types differ"):
+        fire_attention(query, key.float(), value, bias)
+    with pytest.raises(ValueError, match="Shapes do not fit"):
+        fire_attention(query, key, value[..., :4], bias)
     with pytest.raises(ValueError, match="cu_seqlens"):
         fire_attention(query, query, query, bias, cu_seqlens=torch.tensor([0, 9]), window=3)
     with pytest.raises(ValueError, match="FIRE_BACKEND"):
@@ -197,3 +202,26 @@ def test_the_operator_is_the_formula():
     torch.testing.assert_close(
         fused_attention(*inputs, bias, positions, 0.3), dense_attention(*inputs, bias, positions, 0.3)[0]
     )
+
+
+def test_flops_are_counted_as_those_of_attention():
+    bias, inputs = FirePositionBias(4, init_L=5.0), random_qkv(9, 9, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        fire_attention(*inputs, bias).sum().backward()
+    products = 2 * 2 * 4 * 9 * 9 * 8
+    counted = counter.get_flop_counts()["Global"]
+    assert {flops for op, flops in counted.items() if "attention" in str(op)} == {2 * products, 5 * products}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("query", [3, 20, -3, 1000])
+def test_one_query_anywhere(query):
+    """Also where the table that inference keeps for one token after the other does not reach."""
+    bias = FirePositionBias(4, init_L=7.0, init_f="uniform").eval()
+    index, where = torch.arange(8)[None], torch.tensor([[query]])
+    first, last = torch.zeros_like(where), torch.full_like(where, 8)
+    positions = FirePositions(where * 0 + 3, where, index, first, last, consecutive=True, causal=False)
+    q, (_, k, v) = torch.randn(1, 4, 1, 8), (x.detach() for x in random_qkv(8, 8, batch=1, dtype=torch.float32))
+    pieces = bias(positions, piecewise=True)
+    expected = dense_attention(q.double(), k.double(), v.double(), double(pieces), positions, 8**-0.5)[0]
+    torch.testing.assert_close(fire_attention(q, k, v, bias, positions).double(), expected, rtol=1e-5, atol=1e-5)

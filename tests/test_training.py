@@ -326,3 +326,31 @@ def test_sft_trainer_packs_without_leaks(tmp_path):
         for start, stop in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
             alone = model(batch["input_ids"][:, start:stop])
             torch.testing.assert_close(together.logits[:, start:stop], alone.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["position_bias", "mlp.2", "mlp"])
+def test_adapters_of_the_bias_are_switched_in_inference(module):
+    """Also those of parts of it, named by a suffix that the decoder's own modules share."""
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([list(TEXT[:12])])
+    plain = byte_model()
+    expected = plain(ids).logits
+    model = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=[module])).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.add_(1)
+    for tokens in (ids, ids[:, :1]):
+        adapted = model(tokens).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(model(tokens).logits, expected[:, : tokens.shape[1]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_on_every_module_see_tensors():
+    model, shapes = byte_model(), []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda _, given, output: shapes.append((given[0].shape, output.shape)))
+    model(torch.tensor([list(TEXT[:12])]))
+    assert shapes
