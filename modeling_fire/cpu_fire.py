@@ -103,8 +103,7 @@ def backward(
         The others as in `forward`.
     """
     batch, num_heads = query.shape[:2]
-    num_kv_heads = key.shape[1]
-    groups = num_heads // num_kv_heads
+    groups = num_heads // key.shape[1]
     types = query.dtype, key.dtype, value.dtype
     bias_fields = bias.slope, bias.offset, bias.c, bias.row_scale
     bias = working_bias(bias, query)
@@ -120,27 +119,26 @@ def backward(
 
     for chunk in Call(bias, positions, batch, key.shape[2], BACKWARD_ROWS, unit=LOG2_E).chunks():
         rows, keys, width = chunk.rows, chunk.keys, chunk.num_keys
-        slices = kv_slices(num_kv_heads, 2 * chunk.scores)
-        for item, group, kv in product(chunk.items, range(groups), slices):
-            # Query head h attends to kv head h // groups.
-            heads = slice(kv.start * groups + group, (kv.stop - 1) * groups + group + 1, groups)
+        for item, heads in product(chunk.items, head_slices(num_heads, groups, 2 * chunk.num_rows * width)):
+            # The rows of all query heads that share a kv head are rows of one product.
+            kv = slice(heads.start // groups, (heads.stop - 1) // groups + 1)
+            num_kv, shape = kv.stop - kv.start, (heads.stop - heads.start, chunk.num_rows, chunk.pitch)
             q, g, row_lse, row_delta = (x[item, heads, rows].flip(1) for x in (query, grad_output, lse, delta))
+            q, g, row_delta = (x.reshape(num_kv, -1, x.shape[-1]) for x in (q * (scaling * LOG2_E), g, row_delta))
             k, v = key[item, kv, keys], value[item, kv, keys]
-            q = q * (scaling * LOG2_E)
-            shape = (kv.stop - kv.start, chunk.num_rows, chunk.pitch)
 
             block = probabilities.block(shape)
             chunk.fill(block, heads, row_lse)
-            p = block[..., :width]
+            p = block.view(num_kv, -1, chunk.pitch)[..., :width]
             p.baddbmm_(q, k.mT).exp2_()
             grad_value[item, kv, keys].baddbmm_(p.mT, g)
 
             block = grad_scores.block(shape)
             block[..., width:] = 0
-            ds = block[..., :width]
+            ds = block.view(num_kv, -1, chunk.pitch)[..., :width]
             torch.bmm(g, v.mT, out=ds)
             ds.sub_(row_delta).mul_(p)
-            grad_query[item, heads, rows] = torch.bmm(ds, k).flip(1)
+            grad_query[item, heads, rows] = torch.bmm(ds, k).view(*shape[:2], -1).flip(1)
             grad_key[item, kv, keys].baddbmm_(ds.mT, q)
             if bias_grad:
                 chunk.add_gradient(gradient, block, heads, item)
@@ -162,3 +160,13 @@ def kv_slices(num_kv_heads: int, scores: int) -> list[slice]:
     """The kv heads in slices, of so many that `scores` for each of them stay within `MAX_SCORES`."""
     step = max(1, MAX_SCORES // max(scores, 1))
     return [slice(start, min(start + step, num_kv_heads)) for start in range(0, num_kv_heads, step)]
+
+
+def head_slices(num_heads: int, groups: int, scores: int) -> list[slice]:
+    """
+    The query heads in slices, of so many that `scores` for each of them stay within `MAX_SCORES`: all those of some
+    kv heads, or equal parts of those of one.
+    """
+    step = min(max(1, MAX_SCORES // max(scores, 1)), num_heads)
+    step = step // groups * groups or next(n for n in range(step, 0, -1) if groups % n == 0)
+    return [slice(start, min(start + step, num_heads)) for start in range(0, num_heads, step)]
