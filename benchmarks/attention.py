@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--bias", nargs="+", default=["default", "listing"], choices=["default", "listing"])
     parser.add_argument("--passes", nargs="+", default=["forward", "backward"], choices=["forward", "backward"])
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each table column")
+    parser.add_argument("--seconds", type=float, default=12.0, help="for each table column")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB that a quadratic peer may take")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON and the plots")
     args = parser.parse_args()

@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="float32 on CPU, bfloat16 on a GPU, unless given")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=32000)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048], help="of training")
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 8192], help="before generation")
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each length")
+    parser.add_argument("--seconds", type=float, default=40.0, help="for each length")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     args = parser.parse_args()
     shape = {
