@@ -46,16 +46,15 @@ def forward(
         type that the bias is used in. A query that sees nothing gets 0 and minus infinity.
     """
     batch, num_heads, num_queries, head_dim = query.shape
-    num_kv_heads = key.shape[1]
-    groups = num_heads // num_kv_heads
+    groups = num_heads // key.shape[1]
     bias = working_bias(bias, query)
     output = query.new_zeros(batch, num_queries, num_heads, head_dim).transpose(1, 2)
     lse = bias.slope.new_full((batch, num_heads, num_queries), -torch.inf)
     scratch = Scratch(bias.slope)
     for chunk in Call(bias, positions, batch, key.shape[2], FORWARD_ROWS).chunks():
         items, rows, keys = slice(chunk.items.start, chunk.items.stop), chunk.rows, chunk.keys
-        for kv in kv_slices(num_kv_heads, 0 if chunk.is_view else groups * chunk.scores):
-            heads = slice(kv.start * groups, kv.stop * groups)
+        for heads in head_slices(num_heads, groups, 0 if chunk.is_view else chunk.scores):
+            kv = kv_heads(heads, groups)
             k, v, mask = key[items, kv, keys], value[items, kv, keys], chunk.bias(heads, scratch)
             result, sums = attend(query[items, heads, rows], k, v, mask, scaling)
             if chunk.blind is not None:
@@ -121,7 +120,7 @@ def backward(
         rows, keys, width = chunk.rows, chunk.keys, chunk.num_keys
         for item, heads in product(chunk.items, head_slices(num_heads, groups, 2 * chunk.num_rows * width)):
             # The rows of all query heads that share a kv head are rows of one product.
-            kv = slice(heads.start // groups, (heads.stop - 1) // groups + 1)
+            kv = kv_heads(heads, groups)
             num_kv, shape = kv.stop - kv.start, (heads.stop - heads.start, chunk.num_rows, chunk.pitch)
             q, g, row_lse, row_delta = (x[item, heads, rows].flip(1) for x in (query, grad_output, lse, delta))
             q, g, row_delta = (x.reshape(num_kv, -1, x.shape[-1]) for x in (q * (scaling * LOG2_E), g, row_delta))
@@ -156,12 +155,6 @@ def working_bias(bias: PiecewiseBias, query: torch.Tensor) -> PiecewiseBias:
     return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform, bias.table)
 
 
-def kv_slices(num_kv_heads: int, scores: int) -> list[slice]:
-    """The kv heads in slices, of so many that `scores` for each of them stay within `MAX_SCORES`."""
-    step = max(1, MAX_SCORES // max(scores, 1))
-    return [slice(start, min(start + step, num_kv_heads)) for start in range(0, num_kv_heads, step)]
-
-
 def head_slices(num_heads: int, groups: int, scores: int) -> list[slice]:
     """
     The query heads in slices, of so many that `scores` for each of them stay within `MAX_SCORES`: all those of some
@@ -170,3 +163,8 @@ def head_slices(num_heads: int, groups: int, scores: int) -> list[slice]:
     step = min(max(1, MAX_SCORES // max(scores, 1)), num_heads)
     step = step // groups * groups or next(n for n in range(step, 0, -1) if groups % n == 0)
     return [slice(start, min(start + step, num_heads)) for start in range(0, num_heads, step)]
+
+
+def kv_heads(heads: slice, groups: int) -> slice:
+    """The kv heads that a slice of [`head_slices`] attends to."""
+    return slice(heads.start // groups, (heads.stop - 1) // groups + 1)

@@ -27,7 +27,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
 from .configuration_fire import FireConfig
-from .position_bias_fire import Float32Linear, PositionBias, build_position_bias
+from .linear_fire import Float32Linear
+from .position_bias_fire import PositionBias, build_position_bias
 from .positions_fire import FirePositions, has_jumps, has_padding, padded_positions, paged_positions
 
 

@@ -1,0 +1,91 @@
+"""The layers of FIRE's `f`: linear, in float32 whatever the model is in, and how they start."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import initialization as init
+
+
+def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias drawn as `nn.Linear` draws them."""
+    bound = 1.0 / math.sqrt(shape[1])
+    draw = torch.empty(shape[0], shape[1] + 1, device=device).uniform_(-bound, bound)
+    return draw[:, :-1], draw[:, -1]
+
+
+# The start of `f` as a decaying line, `f_h(x) = -psi(d) + small terms that vanish from the training length on`.
+#
+# Unit 0 of the hidden layer is `psi(d)` itself: a start that looks near, as in KERPLE and ALiBi. The other units are
+# hinges `max(0, k - psi(d))` that open towards *short* distances, with `k` spread evenly over those of training. So
+# training is free to shape the bias over the distances that it sees, and beyond them a straight line goes on, not what
+# no data has shaped. All units are 8 times as large, and their output weights as small, as that needs: Adam moves all
+# weights alike, and so they shape `f` faster.
+UNIT_SCALE = 8.0
+
+
+def hinge_start(
+    span: float, gain: float, shape: torch.Size, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden layer: `psi(d)` is `gain` times its input, and `span` at the training length."""
+    knots = torch.linspace(0.0, span, shape[0], device=device)
+    scale = torch.where(knots > 0, -UNIT_SCALE, UNIT_SCALE)
+    return (scale * gain)[:, None], -scale * knots
+
+
+def pass_on_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A second hidden layer: passes unit 0 on, and to no other unit, which would go on beyond the training length."""
+    weight, bias = uniform_start(shape, device)
+    weight[0], weight[:, 0], bias[0] = 0.0, 0.0, 0.0
+    weight[0, 0] = 1.0
+    return weight, bias
+
+
+def decay_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output layer."""
+    weight = 0.1 * uniform_start(shape, device)[0]
+    weight[:, 0] = -1.0
+    return weight / UNIT_SCALE, torch.zeros(shape[0], device=device)
+
+
+class Float32Linear(nn.Module):
+    """
+    A linear layer that computes in float32 (or wider) whatever type its weights are stored in. Not an `nn.Linear`,
+    which quantisers replace and adapters adapt.
+
+    It draws its own start, so that it can be initialised alone: DeepSpeed's ZeRO-3 takes the values of every module
+    away as soon as its constructor ends, and lends them again one module at a time.
+
+    Args:
+        in_features, out_features (`int`): as in `nn.Linear`.
+        start (`Callable[[torch.Size, torch.device], tuple[torch.Tensor, torch.Tensor]]`):
+            Given the shape and the device of the weight, returns the initial weight and bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, start: Callable):
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            values = self.start(self.weight.shape, self.weight.device)
+            for parameter, value in zip((self.weight, self.bias), values, strict=True):
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                init.copy_(parameter, value)
+
+    def forward(self, hidden_states: torch.Tensor, parameters: bool = False) -> torch.Tensor:
+        """
+        With `parameters`, instead of the output for `hidden_states`: a copy of the weight and, as a last column, of
+        the bias. Sharded parameters have values during a call of their module, and lose them as it ends.
+        """
+        if parameters:
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return torch.cat((self.weight, self.bias[:, None]), dim=1).to(dtype)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # FSDP may hand in bfloat16
+        return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
