@@ -36,7 +36,7 @@ def test_help_lists_the_commands():
 def test_help_of_convert_shows_a_complete_example():
     result = fire("convert", "--help")
     assert result.exit_code == 0
-    assert "fire convert HuggingFaceTB/SmolLM2-135M smollm2-fire --rotation keep" in result.output
+    assert "fire convert HuggingFaceTB/SmolLM2-135M smollm2-fire --calibrate sample" in result.output
     assert 'AutoModelForCausalLM.from_pretrained("smollm2-fire", trust_remote_code=True)' in result.output
 
 
@@ -57,6 +57,17 @@ def test_the_options_of_convert(source, tmp_path):
     assert config.rope_parameters is not None and config.fire_init_L == 100
     assert fire(*arguments).exit_code == 1
     assert fire(*arguments, "--overwrite").exit_code == 0
+
+
+def test_convert_calibrates(source, tmp_path):
+    arguments = ("--calibrate", "sample", "--calibration-tokens", "64", "--seed", "3")
+    result = fire("convert", source, tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "Calibration: perplexity at 16 tokens: original " in result.output and ", aligned " in result.output
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())["calibration"]
+    assert (record["text"], record["tokens"], record["seed"]) == ("sample", 64, 3)
+    result = fire("convert", source, tmp_path / "out2", "--calibrate", tmp_path / "missing.txt")
+    assert result.exit_code == 1 and result.stderr.startswith("Error: ") and not (tmp_path / "out2").exists()
 
 
 def test_what_cannot_be_converted_is_one_line_and_exit_status_1(source, tmp_path):

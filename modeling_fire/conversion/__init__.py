@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
 from .bloom import BLOOM
+from .calibrate import Calibration, CalibrationOptions, calibrate_folder, calibration_windows
 from .card import model_card
 from .family import ConversionError, Family
 from .gpt_neox import GPT_NEOX
@@ -51,6 +52,7 @@ class Conversion:
         rotation (`str`, *optional*): `"drop"` or `"keep"`; `None` for ALiBi.
         max_length (`float`): `L`, in tokens.
         proof ([`Proof`], *optional*): `None` if it was not asked for.
+        calibration ([`Calibration`], *optional*): likewise.
         versions (`dict[str, str]`): of the libraries.
     """
 
@@ -61,6 +63,7 @@ class Conversion:
     rotation: str | None
     max_length: float
     proof: Proof | None
+    calibration: Calibration | None
     versions: dict[str, str]
 
 
@@ -69,6 +72,7 @@ def convert(
     out: str | Path,
     *,
     rotation: Literal["drop", "keep"] = "drop",
+    calibrate: CalibrationOptions | None = None,
     max_length: int | None = None,
     prompt: str | None = None,
     verify: bool = True,
@@ -81,8 +85,8 @@ def convert(
     Rewrites a checkpoint as a FIRE model and, unless told not to, proves that it computes the same.
 
     Weights are streamed: memory holds about one shard, until the proof, which loads first the original and then the
-    converted model in float32. `out` appears when all is done, and not at all if anything fails; a run that is killed
-    leaves a folder `out.partial-...` beside it, which may go.
+    converted model in float32, and the calibration, which loads the converted one. `out` appears when all is done, and
+    not at all if anything fails; a run that is killed leaves a folder `out.partial-...` beside it, which may go.
 
     Args:
         source (`str` or `Path`): folder or Hub id of the original.
@@ -90,6 +94,8 @@ def convert(
         rotation (`str`, *optional*, defaults to `"drop"`):
             `"drop"` writes pure FIRE; `"keep"` the model that computes what the original does, with the rotation at
             scale 1. In both FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
+        calibrate ([`CalibrationOptions`], *optional*):
+            Has the bias take over what the dropped rotation did, as far as that goes without training the model.
         max_length (`int`, *optional*, defaults to 64 times the training length):
             Initial `L`, in tokens. ALiBi is exact up to here.
         prompt (`str`, *optional*): text for the proof.
@@ -112,11 +118,14 @@ def convert(
     config = read_config(original)
     family = FAMILIES[config.model_type]
     kept, final = fire_configs(family, config, rotation, max_length)
+    if calibrate is not None and (rotation == "keep" or family.alibi_slopes is not None):
+        raise ConversionError("`calibrate` is for a rotation that is dropped.")
 
     with torch.device("meta"):
         model = FireForCausalLM(final)
     weight_map = WeightMap(family, model)
     tokenizer = original.tokenizer()
+    windows = calibration_windows(calibrate, tokenizer, final) if calibrate is not None else None
     ids = prompt_ids(tokenizer, prompt, final) if verify else None
     shards = original.shards()
     weight_map.check(shards)
@@ -135,6 +144,10 @@ def convert(
         proof = prove(original, staging, kept, ids) if ids is not None else None
         if proof is not None and not proof.holds:
             raise ConversionError(f"The converted model is not the original: {proof}. Nothing was written.")
+        calibration = None
+        if calibrate is not None:
+            dtype: Any = model.config.dtype
+            calibration = calibrate_folder(staging, kept, calibrate, windows, dtype, max_shard_size)
 
         record = Conversion(
             source=original.name,
@@ -144,10 +157,11 @@ def convert(
             rotation=None if slopes is not None else rotation,
             max_length=final.fire_init_L,
             proof=proof,
+            calibration=calibration,
             versions=library_versions(),
         )
         (staging / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
-        model_card(original, out.name, record.rotation, record.max_length, proof).save(staging / "README.md")
+        model_card(original, out.name, record).save(staging / "README.md")
         if out.exists():
             out.rename(Path(partial) / "replaced")
         staging.rename(out)
@@ -235,4 +249,13 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names if name in installed}
 
 
-__all__ = ["FAMILIES", "Conversion", "ConversionError", "Family", "Proof", "convert"]
+__all__ = [
+    "FAMILIES",
+    "Calibration",
+    "CalibrationOptions",
+    "Conversion",
+    "ConversionError",
+    "Family",
+    "Proof",
+    "convert",
+]

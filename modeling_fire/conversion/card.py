@@ -1,9 +1,14 @@
 """The first model card of a converted model."""
 
+from typing import TYPE_CHECKING
+
 from huggingface_hub import ModelCard, ModelCardData
 
-from .proof import Proof
 from .source import Source
+
+
+if TYPE_CHECKING:
+    from . import Conversion
 
 
 # What the card takes over from that of the source.
@@ -35,26 +40,26 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 STATES = {
     "drop": "The source's rotation (RoPE) is gone and FIRE's bias is still 0: this model has to be trained before it "
     "is of use.",
+    "calibrated": "The source's rotation (RoPE) is gone. Layer by layer, without training the model as a whole, "
+    "FIRE's bias took over what the rotation did, as far as it could: {calibration}. Training recovers the rest.",
     "keep": "It computes what the source computes: the rotation (RoPE) is still there and FIRE's bias is 0. Training "
     "can turn the rotation down (`rope_angle_scale`) while the bias takes over.",
     None: "It computes what the source computes: FIRE's bias is the source's ALiBi, exactly so up to {max_length:.0f} "
     "tokens, and interpolated beyond.",
 }
 PROOFS = {
-    "drop": "With the rotation kept, the same weights give the logits of the source in float32:",
+    "drop": "With the rotation kept, the weights as they were converted give the logits of the source in float32:",
     "keep": "In float32 the logits are those of the source:",
     None: "In float32 the logits are those of the source:",
 }
 
 
-def model_card(source: Source, title: str, rotation: str | None, max_length: float, proof: Proof | None) -> ModelCard:
+def model_card(source: Source, title: str, record: "Conversion") -> ModelCard:
     """
     Args:
         source ([`Source`]): the original, whose own card tells licence and language.
         title (`str`): the name of the converted model.
-        rotation (`str`, *optional*): `"drop"`, `"keep"`, or `None` for ALiBi.
-        max_length (`float`): `L`, in tokens.
-        proof ([`Proof`], *optional*): its figures, if it was made.
+        record ([`Conversion`]): what was done, with its figures.
     """
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["fire", "custom_code"])
     if source.on_hub:
@@ -64,12 +69,14 @@ def model_card(source: Source, title: str, rotation: str | None, max_length: flo
         for name in INHERITED:
             if name in original:
                 data[name] = original[name]
+    state = STATES["calibrated" if record.calibration is not None else record.rotation]
+    proof = "Not made (`--no-verify`)." if record.proof is None else f"{PROOFS[record.rotation]} {record.proof}."
     return ModelCard(
         CARD.format(
             metadata=data.to_yaml(),
             title=title,
             source=f"[{source.name}](https://huggingface.co/{source.name})" if source.on_hub else f"`{source.name}`",
-            state=STATES[rotation].format(max_length=max_length),
-            proof=f"{PROOFS[rotation]} {proof}." if proof is not None else "Not made (`--no-verify`).",
+            state=state.format(max_length=record.max_length, calibration=record.calibration),
+            proof=proof,
         )
     )

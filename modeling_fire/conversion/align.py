@@ -1,0 +1,67 @@
+"""A layer of attention without rotation learns to give what the layer with rotation gave, on the same inputs."""
+
+import math
+
+import torch
+
+from ..modeling_fire import FireAttention
+from ..positions_fire import FirePositions
+
+
+# A step moves a weight by so much of its matrix's root mean square (Adam's steps are all of one size).
+STEP_SIZE = 0.0125
+BIAS_LEARNING_RATE = 1e-2
+WARMUP_STEPS = 10
+
+
+def align(
+    attention: FireAttention,
+    original: FireAttention,
+    inputs: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    positions: FirePositions,
+    batch_size: int,
+    generator: torch.Generator,
+) -> float:
+    """
+    Trains queries, keys and `f` on the squared error of the layer's output, with Adam, for one pass over the inputs.
+
+    Args:
+        attention ([`FireAttention`]): what learns, in place.
+        original ([`FireAttention`]): what it imitates.
+        inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the original attends over.
+        rotation (`tuple[torch.Tensor, torch.Tensor]`): for `original`.
+        positions ([`FirePositions`]): of one window.
+        batch_size (`int`): windows in a step.
+        generator (`torch.Generator`): of the order of the windows; on the CPU.
+
+    Returns:
+        `float`: the squared error over that of an output of 0, mean of the last tenth of the steps.
+    """
+    attention.requires_grad_(False)
+    learning = attention.position_bias, attention.q_proj, attention.k_proj
+    sizes = [module.weight.detach().square().mean().sqrt().item() for module in learning[1:]]
+    rates = BIAS_LEARNING_RATE, *(STEP_SIZE * size for size in sizes)
+    groups = [{"params": module.parameters(), "lr": rate} for module, rate in zip(learning, rates, strict=True)]
+    for module in learning:
+        module.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    batches = torch.randperm(len(inputs), generator=generator).split(batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / len(batches))) / 2,
+    )
+    errors = []
+    for batch in batches:
+        hidden_states = inputs[batch].to(positions.query.device)
+        with torch.no_grad():
+            wanted, _ = original(hidden_states, positions=positions, position_embeddings=rotation)
+        output, _ = attention(hidden_states, positions=positions)
+        error = (output - wanted).square().mean() / wanted.square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        schedule.step()
+        errors.append(error.detach())
+    attention.requires_grad_(True)
+    return torch.stack(errors[-max(1, len(errors) // 10) :]).mean().item()

@@ -1,0 +1,231 @@
+"""
+What the rotation of a converted model did moves into its bias, layer by layer: nothing is trained end to end.
+
+`fit` finds the `f` whose attention is nearest to the original's; `align` then lets queries, keys and `f` imitate the
+layer's output. Both work on the hidden states of the original.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..configuration_fire import FireConfig
+from ..evaluation import loss_by_context
+from ..modeling_fire import FireAttention, FireDecoderLayer, FireForCausalLM
+from ..positions_fire import FirePositions
+from .align import align
+from .family import ConversionError
+from .fit import fit
+from .text import read_texts, sampled_windows, token_windows
+from .weights import HEAD, write_shards
+
+
+# Tokens that go through a layer at once: what a step of the alignment sees.
+BATCH_TOKENS = 2048
+# A longer training length is not needed to see where attention goes, and would leave few windows to learn from.
+MAX_LENGTH = 2048
+# Windows that `fit` looks at. It has few parameters.
+FIT_WINDOWS = 16
+HELD_OUT_WINDOWS = 16
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """
+    How to calibrate.
+
+    Args:
+        text (`str` or `Sequence[str]`):
+            A file (plain text, or jsonl, json, csv or parquet with a column `text`), the name of a dataset (its
+            configuration after a colon), the documents themselves, or `"sample"`: what the model writes.
+        tokens (`int`, *optional*, defaults to 307200):
+            How many of the text to calibrate on, at most; each layer sees each of them once.
+        align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
+        seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
+    """
+
+    text: str | Sequence[str]
+    tokens: int = 307_200
+    align: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    What came of it.
+
+    Args:
+        text (`str`): the file, the dataset, or `"sample"`.
+        tokens (`int`): calibrated on.
+        length (`int`): tokens in a window of it.
+        seed (`int`): see [`CalibrationOptions`].
+        perplexity (`dict[str, float]`):
+            Of held-out text of that length: `"original"`, `"dropped"` (neither rotation nor bias), `"fitted"`, and
+            `"aligned"` if asked for.
+    """
+
+    text: str
+    tokens: int
+    length: int
+    seed: int
+    perplexity: dict[str, float]
+
+    def __str__(self) -> str:
+        steps = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
+        return f"perplexity at {self.length} tokens: {steps}"
+
+
+def window_length(config: FireConfig) -> int:
+    """Tokens in a window of calibration. None stands past `L`, where distances shrink."""
+    return min(config.max_position_embeddings, MAX_LENGTH, int(config.fire_init_L))
+
+
+def calibration_windows(
+    options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None, config: FireConfig
+) -> torch.Tensor | None:
+    """
+    Reads the text, so that what is wrong with it shows before anything is converted.
+
+    Returns:
+        `torch.LongTensor` of shape `(windows, length + 1)`, or `None` for text that is still to be sampled.
+    """
+    length = window_length(config)
+    count = options.tokens // length
+    if count < 1:
+        raise ConversionError(f"`tokens={options.tokens}` is less than one window of {length} tokens.")
+    if options.text == SAMPLE:
+        return None
+    if tokenizer is None:
+        raise ConversionError("The source has no tokenizer for the text to calibrate on: use 'sample'.")
+    windows = token_windows(read_texts(options.text), tokenizer, length + 1, count + HELD_OUT_WINDOWS)
+    if len(windows) < 2:
+        raise ConversionError(f"The text to calibrate on has less than two windows of {length + 1} tokens: use more.")
+    return windows
+
+
+def calibrate_folder(
+    folder: Path,
+    config: FireConfig,
+    options: CalibrationOptions,
+    windows: torch.Tensor | None,
+    dtype: torch.dtype,
+    max_shard_size: int,
+) -> Calibration:
+    """
+    Calibrates a converted model where it lies, on a GPU if there is one, in float32.
+
+    Args:
+        folder (`Path`): of the model, whose weights are replaced.
+        config ([`FireConfig`]): with the rotation.
+        options ([`CalibrationOptions`]): how.
+        windows (`torch.LongTensor` of shape `(windows, length + 1)`, *optional*): of [`calibration_windows`].
+        dtype (`torch.dtype`): of the weights to write. The bias stays in float32.
+        max_shard_size (`int`): bytes in a file of weights.
+    """
+    model: Any = FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if windows is None:
+        length = window_length(config)
+        count = options.tokens // length + HELD_OUT_WINDOWS
+        windows = sampled_windows(model, length + 1, count, options.seed, batch_size=64)
+    # Of a text that is too short half is held out.
+    count = min(options.tokens // window_length(config), max(len(windows) - HELD_OUT_WINDOWS, len(windows) // 2))
+    text = windows[:count, :-1]
+    perplexity = calibrate(model, text, windows[count:], do_align=options.align, seed=options.seed)
+    model.to(dtype)
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights[HEAD]
+    write_shards(weights.items(), folder, max_shard_size)
+    name = "texts given"
+    if isinstance(options.text, str):  # of a file its name: what is published says nothing of this machine
+        name = Path(options.text).name if Path(options.text).is_file() else options.text
+    return Calibration(name, text.numel(), text.shape[1], options.seed, perplexity)
+
+
+def calibrate(
+    model: FireForCausalLM, windows: torch.Tensor, held_out: torch.Tensor, do_align: bool = True, seed: int = 0
+) -> dict[str, float]:
+    """
+    Removes the rotation of a model, in place.
+
+    Args:
+        model ([`FireForCausalLM`]): with a rotation and a bias of 0, in float32.
+        windows (`torch.LongTensor` of shape `(windows, length)`): tokens to calibrate on.
+        held_out (`torch.LongTensor` of shape `(held-out windows, length + 1)`): tokens to measure on.
+        do_align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
+        seed (`int`, *optional*, defaults to 0): of the order of the windows.
+
+    Returns:
+        `dict[str, float]`: see [`Calibration`].
+    """
+    model.eval()
+    length = windows.shape[1]
+    batch_size = max(1, BATCH_TOKENS // length)
+    positions = FirePositions.arange(length, model.device)
+    rotary = model.model.rotary_emb
+    rotation = rotary(next(model.parameters()), position_ids=positions.absolute)
+    originals = [original_attention(layer) for layer in model.model.layers]
+
+    def perplexity() -> float:
+        losses = loss_by_context(model, held_out, [length], num_targets=length // 2, tokens_per_batch=BATCH_TOKENS)
+        return math.exp(sum(losses[length]) / len(losses[length]))
+
+    measured = {"original": perplexity()}
+    model.model.rotary_emb = model.config.rope_parameters = None
+    measured["dropped"] = perplexity()
+
+    def walk(some: torch.Tensor, description: str) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
+        return original_inputs(model, originals, some, rotation, positions, batch_size, description)
+
+    for layer, _, inputs in walk(windows[:FIT_WINDOWS], "Fitting"):
+        fit(layer.self_attn, inputs.to(model.device), rotation, positions)
+    measured["fitted"] = perplexity()
+    if do_align:
+        generator = torch.Generator().manual_seed(seed)
+        for layer, original, inputs in walk(windows, "Aligning"):
+            align(layer.self_attn, original, inputs, rotation, positions, batch_size, generator)
+        measured["aligned"] = perplexity()
+    return measured
+
+
+def original_attention(layer: FireDecoderLayer) -> FireAttention:
+    """A copy that stays as it is, without the bias (which is 0)."""
+    attention = deepcopy(layer.self_attn).requires_grad_(False)
+    attention.position_bias = None
+    return attention
+
+
+@torch.no_grad()
+def original_inputs(
+    model: FireForCausalLM,
+    originals: list[FireAttention],
+    windows: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    positions: FirePositions,
+    batch_size: int,
+    description: str,
+) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
+    """
+    Walks through the layers: each with its original attention, and what that attends over, on the CPU. The layer's
+    own attention may be changed meanwhile.
+    """
+    device = model.device
+    hidden_states = [model.model.embed_tokens(batch.to(device)).cpu() for batch in windows.split(batch_size)]
+    layers = logging.tqdm(list(zip(model.model.layers, originals, strict=True)), desc=description, unit=" layers")
+    for layer, original in layers:
+        yield layer, original, torch.cat([layer.input_layernorm(batch.to(device)).cpu() for batch in hidden_states])
+        changed, layer.self_attn = layer.self_attn, original
+        hidden_states = [
+            layer(batch.to(device), positions=positions, position_embeddings=rotation).cpu() for batch in hidden_states
+        ]
+        layer.self_attn = changed

@@ -1,0 +1,163 @@
+"""
+A layer's `f`, fitted to the attention that the layer had with its rotation: a convex problem, by Newton's method.
+
+Write each pair of dimensions that the rotation turns as a complex number. With the rotation the score of query `i` and
+key `j` is `sum_m Re(exp(i theta_m (i - j)) q_m conj(k_m))`. Without it, let it be
+
+    s(i, j) = sum_m Re(z_m q_m conj(k_m)) + w . h(i, j)
+
+where `h` is the hidden layer of `f`, `w` a head's row of its output layer, and `z_m` turns and scales what the head's
+query has in pair `m`: what is left, on the average, of the rotation. For each head the fit minimises the mean of
+
+    KL(softmax of the rotated scores || softmax of s)
+
+over queries of some text. Because `s` is linear in `w` and `z`, this is multinomial logistic regression.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..modeling_fire import FireAttention
+from ..positions_fire import FirePositions
+
+
+# Queries of each window that take part: neighbours say much the same.
+QUERIES = 32
+# Holds what the text does not decide where it starts: `w` at 0, `z` at 1.
+RIDGE = 1e-3
+MAX_ITERATIONS = 20
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def fit(
+    attention: FireAttention,
+    inputs: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    positions: FirePositions,
+) -> torch.Tensor:
+    """
+    Sets the output layer of `f`, and turns and scales the queries.
+
+    Args:
+        attention ([`FireAttention`]): as the original has it, with an `f` of 0. Changed in place.
+        inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the layer attends over.
+        rotation (`tuple[torch.Tensor, torch.Tensor]`): cosine and sine, each of shape `(1, length, rotated dims)`.
+        positions ([`FirePositions`]): of one window.
+
+    Returns:
+        `torch.Tensor` of shape `(num_heads,)`: the mean divergence of each head, in nats.
+    """
+    bias: Any = attention.position_bias
+    query, key, _ = attention.project(inputs)
+    rotated_query, rotated_key, _ = attention.project(inputs, rotation)
+    length = inputs.shape[1]
+    rows = torch.linspace(0, length - 1, min(QUERIES, length), device=inputs.device).round().long()
+    query, rotated_query = query[:, :, rows] * attention.scaling, rotated_query[:, :, rows] * attention.scaling
+
+    distance = rows[:, None] - positions.key
+    hidden_keys = distance < 0
+    x = bias.psi(distance.clamp(min=0).float()) / bias.normalizer(rows.float())[:, None]
+    hinges = bias.mlp[1](bias.mlp[0](x[..., None]))
+    hinges[hidden_keys] = 0.0
+    scale = hinges.flatten(0, 1).square().mean(0).sqrt().clamp(min=1e-6)
+    hinges = hinges / scale
+
+    # RMS norms of queries stand between a projection and what a factor would change.
+    rotated = 0 if attention.config.qk_norm else rotation[0].shape[-1]
+    divergences = []
+    for head in range(query.shape[1]):
+        shared = head // attention.num_key_value_groups
+
+        def regression(window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """The features of a window, the score that is not theirs to change, and the target."""
+            q, k = query[window, head], key[window, shared]  # noqa: B023 (called within the loop)
+            target = rotated_query[window, head] @ rotated_key[window, shared].T  # noqa: B023
+            fixed = q[:, rotated:] @ k[:, rotated:].T
+            features = torch.cat((hinges, *turned_products(q[:, :rotated], k[:, :rotated])), dim=-1)
+            return features, fixed.masked_fill(hidden_keys, -torch.inf), target.masked_fill(hidden_keys, -torch.inf)
+
+        start = torch.zeros(hinges.shape[-1] + rotated, dtype=torch.float64, device=inputs.device)
+        start[hinges.shape[-1] : hinges.shape[-1] + rotated // 2] = 1.0
+        parameters, divergence = minimise(regression, len(inputs), start)
+        divergences.append(divergence)
+        weight, z = parameters.split((hinges.shape[-1], rotated))
+        bias.mlp[2].weight[head] = weight / scale
+        if rotated:
+            turn_queries(attention, head, *z.chunk(2))
+    return torch.stack(divergences)
+
+
+def turned_products(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `Re(q conj(k))` and `Re(-i q conj(k))` of every pair of dimensions, as the rotation pairs them: the first half with
+    the second.
+
+    Args:
+        query (`torch.Tensor` of shape `(rows, dims)`): and `key` of shape `(keys, dims)`.
+
+    Returns:
+        Two tensors of shape `(rows, keys, dims / 2)`.
+    """
+    q1, q2 = query[:, None].chunk(2, dim=-1)
+    k1, k2 = key.chunk(2, dim=-1)
+    return q1 * k1 + q2 * k2, q2 * k1 - q1 * k2
+
+
+def turn_queries(attention: FireAttention, head: int, real: torch.Tensor, imaginary: torch.Tensor) -> None:
+    """Multiplies each pair of a head's queries by `real - i imaginary`, each of shape `(pairs,)`, in its weights."""
+    pairs = len(real)
+    for parameter in attention.q_proj.parameters():
+        rows = parameter.view(-1, attention.head_dim, parameter[0].numel())[head, : 2 * pairs]
+        q1, q2 = rows.clone().chunk(2)
+        real, imaginary = real.to(rows.dtype), imaginary.to(rows.dtype)
+        rows[:pairs] = real[:, None] * q1 + imaginary[:, None] * q2
+        rows[pairs:] = real[:, None] * q2 - imaginary[:, None] * q1
+
+
+def minimise(regression: Callable, windows: int, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Newton's method, damped where a full step goes too far.
+
+    Args:
+        regression (`Callable`): given the number of a window, its features, fixed scores and target scores.
+        windows (`int`): how many there are.
+        start (`torch.Tensor` of shape `(parameters,)`): float64.
+
+    Returns:
+        The parameters, and the mean divergence there.
+    """
+
+    def evaluate(parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        divergence, gradient = start.new_zeros(()), torch.zeros_like(start)
+        hessian = start.new_zeros(len(start), len(start))
+        for window in range(windows):
+            features, fixed, target = regression(window)
+            log_p = (features @ parameters.to(features.dtype) + fixed).log_softmax(-1)
+            p, wanted = log_p.exp(), target.softmax(-1)
+            per_key = torch.where(wanted > 0, wanted * (target.log_softmax(-1) - log_p), 0.0)
+            weighted = p[..., None] * features
+            mean = weighted.sum(1)
+            divergence += per_key.sum(-1).mean() / windows
+            gradient += torch.einsum("rkp,rk->p", features, p - wanted) / (len(p) * windows)
+            outer = weighted.flatten(0, 1).T @ features.flatten(0, 1) - mean.T @ mean
+            hessian += outer / (len(p) * windows)
+        away = parameters - start
+        hessian.diagonal().add_(RIDGE)
+        return divergence + RIDGE / 2 * away.square().sum(), gradient + RIDGE * away, hessian, divergence
+
+    parameters, damping = start, 1e-3
+    value, gradient, hessian, divergence = evaluate(start)
+    for _ in range(MAX_ITERATIONS):
+        step = torch.linalg.solve(hessian + damping * hessian.diagonal().diag(), gradient)
+        trial = evaluate(parameters - step)
+        if not trial[0] < value:
+            damping *= 10
+            continue
+        progress, parameters, damping = value - trial[0], parameters - step, damping / 10
+        value, gradient, hessian, divergence = trial
+        if progress < TOLERANCE:
+            break
+    return parameters, divergence

@@ -1,0 +1,119 @@
+"""Text to calibrate on: from files, from the Hub's datasets, or from the model itself."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HFValidationError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .family import ConversionError
+
+
+COLUMN = "text"
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def read_texts(source: str | Sequence[str]) -> Iterator[str]:
+    """
+    The documents of a source, one by one.
+
+    Args:
+        source (`str` or `Sequence[str]`):
+            A file: plain text is one document; jsonl, json, csv and parquet have theirs in a column `text`. The name
+            of a dataset, with its configuration after a colon if it has several: its `train` split, streamed. Or
+            the documents themselves.
+
+    Raises:
+        [`ConversionError`]: if there is no such file or dataset, or it has no column `text`.
+    """
+    if not isinstance(source, str):
+        yield from source
+        return
+    path = Path(source)
+    if path.is_file() and path.suffix not in FORMATS:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConversionError(f"{source} is not text in UTF-8: {error}.") from error
+        return
+    if not path.is_file() and path.suffix in (".txt", *FORMATS):
+        raise ConversionError(f"There is no file {source}.")
+    try:
+        if path.is_file():
+            rows = load_dataset(FORMATS[path.suffix], data_files=source, split="train", streaming=True)
+        else:
+            name, _, configuration = source.partition(":")
+            rows = load_dataset(name, configuration or None, split="train", streaming=True)
+    except (DatasetNotFoundError, HFValidationError, OSError, ValueError) as error:
+        raise ConversionError(f"{source} is no file, and cannot be read as a dataset: {error}") from error
+    for row in rows:
+        if COLUMN not in row:
+            raise ConversionError(f"{source} has no column {COLUMN!r}, but {', '.join(row)}.")
+        yield row[COLUMN]
+
+
+def token_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
+    """
+    All documents in a row, each with the special tokens that the tokenizer gives it, cut into windows.
+
+    Args:
+        texts (`Iterable[str]`): documents; no more are read than are needed.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        length (`int`): tokens in a window.
+        count (`int`): how many windows there may be at the most.
+
+    Returns:
+        `torch.LongTensor` of shape `(windows, length)`.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += tokenizer(text, verbose=False).input_ids  # not verbose: it would warn of a long text
+        if len(tokens) >= length * count:
+            break
+    windows = min(count, len(tokens) // length)
+    return torch.tensor(tokens[: windows * length], dtype=torch.long).view(windows, length)
+
+
+@torch.no_grad()
+def sampled_windows(model: Any, length: int, count: int, seed: int, batch_size: int) -> torch.Tensor:
+    """
+    Windows that a model writes by itself, one text each, at temperature 1.
+
+    Args:
+        model (`PreTrainedModel`): any causal language model whose config has a `bos_token_id` or an `eos_token_id`.
+        length (`int`): tokens in a window.
+        count (`int`): how many windows.
+        seed (`int`): of the sampling; the generators of the caller are left as they were.
+        batch_size (`int`): how many windows are written side by side.
+
+    Returns:
+        `torch.LongTensor` of shape `(count, length)`.
+
+    Raises:
+        [`ConversionError`]: if the config has neither.
+    """
+    config = model.config
+    starts = torch.tensor([config.bos_token_id if config.bos_token_id is not None else config.eos_token_id or -1])
+    start = int(starts.flatten()[0])
+    if start < 0:
+        raise ConversionError("The model has no `bos_token_id` to start a text with: give one to calibrate on.")
+    device = model.device
+    windows = []
+    generation_config = model.generation_config
+    # One that knows no end: a text may end before its window, and another begin.
+    model.generation_config = GenerationConfig()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        batches = torch.full((count, 1), start, device=device).split(batch_size)
+        for batch in logging.tqdm(batches, desc="Sampling text", unit=" batches"):
+            mask = torch.ones_like(batch)
+            windows.append(
+                model.generate(batch, attention_mask=mask, max_length=length, do_sample=True, top_k=0).cpu()
+            )
+    model.generation_config = generation_config
+    return torch.cat(windows)
