@@ -9,26 +9,24 @@ variant and seed, a folder with the model as it would go to the Hub.
 """
 
 import argparse
-import json
-import math
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from typing import Any
 
 import torch
-import transformers
 import yaml
 from corpus import byte_tokenizer, evaluation_windows, python_corpus, training_blocks
-from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
+from transformers import TrainingArguments, default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.evaluation import loss_by_context, plot_learned_bias, plot_perplexity_by_context
+from modeling_fire.training import FireTrainer
 
 
 @dataclass
@@ -69,13 +67,14 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     arguments = TrainingArguments(
         output_dir=str(unfinished), seed=seed, data_seed=seed, save_strategy="no", report_to="none", **study.training
     )
-    trainer = Trainer(
+    trainer = FireTrainer(
         model=model,
         args=arguments,
         train_dataset=training_blocks(python_corpus()[0], study.contexts[0]),
         data_collator=default_data_collator,
         processing_class=byte_tokenizer(),
-        optimizers=(build_optimizer(model, arguments, bias_lr_multiplier, bias_weight_decay), None),
+        bias_lr_multiplier=bias_lr_multiplier,
+        bias_weight_decay=bias_weight_decay,
     )
     trainer.train()
     trainer.save_model()
@@ -84,82 +83,23 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     return model
 
 
-def build_optimizer(
-    model: FireForCausalLM, arguments: TrainingArguments, bias_lr_multiplier: float, bias_weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the position bias in groups of its own. Matrices decay, norms and vectors do not."""
-    groups: dict[tuple[bool, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault(("position_bias" in name, parameter.ndim > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": arguments.learning_rate * (bias_lr_multiplier if of_bias else 1.0),
-                "weight_decay": (bias_weight_decay if of_bias else arguments.weight_decay) if is_matrix else 0.0,
-            }
-            for (of_bias, is_matrix), parameters in groups.items()
-        ],
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-    )
+def measure(study: Study, windows: torch.Tensor, variant: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Trains and evaluates one variant."""
+    model = train(study, variant, seed, folder)
+    return {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
 
 
-def run(study: Study) -> dict:
-    """Trains and evaluates what is not finished yet; returns all results."""
-    output = Path(study.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+def jobs(study: Study) -> list[Job]:
+    """One for each variant and seed."""
     windows = evaluation_windows(python_corpus()[1], study.contexts[-1] + 1, study.num_windows)
-    results: dict = {}
-    jobs = [(variant, seed) for seed in study.seeds for variant in study.variants]
     shared = {name: value for name, value in vars(study).items() if name not in NOT_OF_A_RUN}
-    for number, (variant, seed) in enumerate(jobs, start=1):
-        folder = output / f"{variant}-seed{seed}"
-        measured = folder / "loss_by_context.json"
-        settings = {**shared, "variant": study.variants[variant]}
-        if measured.exists():
-            if json.loads(measured.read_text())["settings"] != settings:
-                raise SystemExit(f"{folder} was made with other settings: delete it, or choose another `output_dir`.")
-        else:
-            print(f"\n[{number}/{len(jobs)}] {variant}, seed {seed}", flush=True)
-            start = time.monotonic()
-            model = train(study, variant, seed, folder)
-            losses = loss_by_context(model, windows, study.contexts, study.num_targets)
-            seconds = round(time.monotonic() - start)
-            write_json(measured, {"settings": settings, "seconds": seconds, "loss": losses})
-        loaded = json.loads(measured.read_text())
-        results.setdefault(variant, {})[seed] = {int(context): loss for context, loss in loaded["loss"].items()}
-    return results
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes to a temporary name first, so that a killed run leaves no half-written file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
-
-
-def summarize(study: Study, results: dict) -> dict[str, dict[int, float]]:
-    """Prints the table of perplexities and returns the mean losses behind it."""
-    means = {
-        variant: {context: mean(mean(by_seed[seed][context]) for seed in by_seed) for context in study.contexts}
-        for variant, by_seed in results.items()
-    }
-    width = max(map(len, results))
-    print(
-        f"\nPerplexity per byte of the same {study.num_windows * study.num_targets} held-out tokens, trained at "
-        f"{study.contexts[0]}, by context"
-        + (f"; mean of {len(study.seeds)} seeds and their standard deviation" if len(study.seeds) > 1 else "")
-    )
-    print(" " * width + "".join(f"{context:>16}" for context in study.contexts))
-    for variant, by_seed in results.items():
-        cells = []
-        for context in study.contexts:
-            perplexities = [math.exp(mean(loss[context])) for loss in by_seed.values()]
-            spread = f" ±{stdev(perplexities):.3f}" if len(perplexities) > 1 else ""
-            cells.append(f"{mean(perplexities):.3f}{spread}")
-        print(variant.ljust(width) + "".join(f"{cell:>16}" for cell in cells))
-    return means
+    result = []
+    for seed in study.seeds:
+        for variant, changes in study.variants.items():
+            folder = Path(study.output_dir) / f"{variant}-seed{seed}"
+            run = partial(measure, study, windows, variant, seed, folder)
+            result.append(Job(variant, seed, folder / "loss_by_context.json", {**shared, "variant": changes}, run))
+    return result
 
 
 # Run by a fresh interpreter that cannot import this package: what a stranger gets who downloads the folder.
@@ -184,12 +124,16 @@ def main() -> None:
         parser.error(f"`show` names {study.show!r}, which is not among the variants: {', '.join(study.variants)}.")
 
     start = time.monotonic()
-    results = run(study)
     output = Path(study.output_dir)
-    means = summarize(study, results)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    versions["python"] = platform.python_version()
-    write_json(output / "results.json", {"versions": versions, "study": vars(study), "mean_loss": means})
+    losses = losses_by_context(run_grid(jobs(study)))
+    means = mean_losses(losses)
+    print(
+        f"\nPerplexity per byte of the same {study.num_windows * study.num_targets} held-out tokens, trained at "
+        f"{study.contexts[0]}, by context"
+        + (f"; mean of {len(study.seeds)} seeds and their standard deviation" if len(study.seeds) > 1 else "")
+    )
+    print_perplexities(losses)
+    write_json(output / "results.json", {"versions": versions(), "study": vars(study), "mean_loss": means})
     plot_perplexity_by_context(means, output / "perplexity.png", study.contexts[0], "Trained short, tested long")
     print(f"\nWrote {output / 'results.json'} and {output / 'perplexity.png'}.")
 

@@ -52,6 +52,32 @@ def plot_perplexity_by_context(
     figure.savefig(path, dpi=150)
 
 
+def plot_perplexity_by_tokens(losses: dict[str, dict[int, float]], path: str | os.PathLike, title: str = "") -> None:
+    """
+    Perplexity of several models while they train, on a logarithmic axis.
+
+    Args:
+        losses (`dict[str, dict[int, float]]`): for each model the mean loss after so many tokens, in nats per token.
+        path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
+        title (`str`, *optional*): above the plot.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, by_tokens in losses.items():
+        axes.plot(list(by_tokens), [math.exp(loss) for loss in by_tokens.values()], label=name, linewidth=1.6)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("perplexity")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=150)
+
+
 @torch.no_grad()
 def plot_learned_bias(model: PreTrainedModel, path: str | os.PathLike, query_positions: list[int]) -> None:
     """

@@ -1,0 +1,197 @@
+"""
+What training a FIRE model, or making one of a model with rotation, adds to transformers' Trainer.
+
+Nothing of this travels with saved models.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .modeling_fire import FireModel
+
+
+class FireTrainer(Trainer):
+    """
+    transformers' Trainer with optimiser groups for the position bias, and with distillation from a teacher.
+
+    Trainer makes the optimiser as ever, so every `optim`, FSDP and DeepSpeed (as long as its own configuration names
+    no optimiser) work. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
+
+    Args:
+        bias_lr_multiplier (`float`, *optional*, defaults to 1.0):
+            Learning rate of the position bias, as a multiple of `learning_rate`. The schedule is the same.
+        bias_weight_decay (`float`, *optional*, defaults to 0.0): Weight decay of the matrices of the position bias.
+        teacher (`PreTrainedModel`, *optional*):
+            A causal language model with the same vocabulary. It stays on its device, which need not be the student's,
+            and in its dtype.
+        distillation_weight (`float`, *optional*, defaults to 1.0):
+            With a teacher, the training loss is `w KL(teacher || student) + (1 - w)` times the next-token loss. Both
+            are means over the tokens whose label is not -100, in nats, and are accumulated over batches and processes
+            as Trainer does. The evaluation loss is always the next-token loss.
+
+    The other arguments are those of `Trainer`.
+
+    Raises:
+        ValueError: if teacher and student have vocabularies of different sizes, or if Trainer is asked for another
+            loss beside the teacher.
+    """
+
+    def __init__(
+        self,
+        *args,
+        bias_lr_multiplier: float = 1.0,
+        bias_weight_decay: float = 0.0,
+        teacher: PreTrainedModel | None = None,
+        distillation_weight: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.bias_lr_multiplier = bias_lr_multiplier
+        self.bias_weight_decay = bias_weight_decay
+        self.teacher = teacher
+        self.distillation_weight = distillation_weight
+        if teacher is None:
+            return
+        student: Any = self.model
+        if teacher.config.vocab_size != student.config.vocab_size:
+            raise ValueError(
+                f"The teacher has {teacher.config.vocab_size} tokens and the student {student.config.vocab_size}: "
+                "distillation compares the probabilities of the same tokens."
+            )
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise ValueError("With a `teacher` there is no `compute_loss_func` and no `label_smoothing_factor`.")
+        teacher.eval()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimiser, with the position bias in groups of its own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        # By name: ZeRO-3 takes the shapes away. Only weights and T5's table are matrices.
+        decay = {
+            parameter: self.bias_weight_decay if name.endswith((".weight", ".table")) else 0.0
+            for name, parameter in (self.model if model is None else model).named_parameters()
+            if "position_bias" in name
+        }
+        groups = []
+        for group in optimizer.param_groups:
+            groups.append({**group, "params": [p for p in group["params"] if p not in decay]})
+            for weight_decay in sorted(set(decay.values())):
+                parameters = [p for p in group["params"] if decay.get(p) == weight_decay]
+                lr = group["lr"] * self.bias_lr_multiplier
+                groups.append({**group, "params": parameters, "lr": lr, "weight_decay": weight_decay})
+        optimizer.param_groups = [group for group in groups if group["params"]]
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            teacher_logits = self.teacher(**send_to_device(given, self.teacher.device), use_cache=False).logits
+        # Trainer asks this function instead of the model, and scales both losses alike for accumulation and processes.
+        self.compute_loss_func = partial(distillation_loss, teacher_logits, weight=self.distillation_weight)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.compute_loss_func = None
+
+
+def distillation_loss(
+    teacher_logits: torch.Tensor,
+    outputs: Any,
+    labels: torch.LongTensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    weight: float = 1.0,
+) -> torch.Tensor:
+    """
+    `weight KL(teacher || student) + (1 - weight)` times the next-token loss, computed in float32.
+
+    Args:
+        teacher_logits (`torch.Tensor` of shape `(batch, length, vocab_size)`): on any device.
+        outputs (`CausalLMOutputWithPast`): of the student; `logits` have the same shape.
+        labels (`torch.LongTensor` of shape `(batch, length)`): not shifted yet; -100 does not count.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            What the sum over tokens is divided by; by default the number of tokens that count.
+        weight (`float`, *optional*, defaults to 1.0): of the divergence.
+
+    Returns:
+        `torch.Tensor` of shape `()`: nats per token.
+    """
+    targets = functional.pad(labels[:, 1:], (0, 1), value=-100)
+    counted = targets != -100
+    # Picked before they are moved and widened: of these tensors each copy counts.
+    teacher = teacher_logits[counted.to(teacher_logits.device)].to(labels.device).float().log_softmax(-1)
+    student = outputs.logits[counted].float().log_softmax(-1)
+    divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+    next_token = functional.nll_loss(student, targets[counted], reduction="sum")
+    total = counted.sum() if num_items_in_batch is None else num_items_in_batch
+    return (weight * divergence + (1 - weight) * next_token) / total
+
+
+class RotationAnnealing(TrainerCallback):
+    """
+    Scales the angles of the rotation from 1 to 0 during the first part of the training, and removes it at the end.
+
+    A checkpoint on the way has the rotation at the scale it had reached, and resuming goes on from there. A training
+    that ends before the scale is 0 leaves the rotation in the model.
+
+    Args:
+        fraction (`float`): part of the training steps after which nothing is rotated any more, in (0, 1].
+
+    Raises:
+        ValueError: if `fraction` is out of range; and as training begins, if the model has no rotation or if
+            `load_best_model_at_end` could bring back weights that were trained with one.
+    """
+
+    def __init__(self, fraction: float):
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"`fraction` must be in (0, 1], got {fraction}.")
+        self.fraction = fraction
+
+    def angle_scale(self, progress: float) -> float:
+        """The scale of the angles after the share `progress` of the steps: a straight line."""
+        return max(0.0, 1.0 - progress / self.fraction)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if not any(decoder.rotary_emb is not None for decoder in decoders(kwargs["model"])):
+            raise ValueError("The model has no rotation to anneal: convert it with `rotation='keep'`.")
+        if args.load_best_model_at_end:
+            raise ValueError("`load_best_model_at_end` may bring back weights that need the rotation: turn it off.")
+        self.set_scale(kwargs["model"], state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # At the end of a step rather than at the beginning of the next, so that evaluation and checkpoints in between
+        # have the scale that goes with their step.
+        self.set_scale(kwargs["model"], state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        for decoder in decoders(kwargs["model"]):
+            if decoder.config.rope_angle_scale == 0.0:
+                decoder.rotary_emb = None
+                decoder.config.rope_parameters = None
+                decoder.config.rope_angle_scale = 1.0
+
+    def set_scale(self, model: nn.Module, state: TrainerState) -> None:
+        for decoder in decoders(model):
+            decoder.config.rope_angle_scale = self.angle_scale(state.global_step / state.max_steps)
+
+
+def decoders(model: nn.Module) -> list[FireModel]:
+    """The FIRE decoders in `model`, whatever wraps them."""
+    return [module for module in model.modules() if isinstance(module, FireModel)]
+
+
+__all__ = ["FireTrainer", "RotationAnnealing"]

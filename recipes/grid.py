@@ -1,0 +1,123 @@
+"""Runs of several variants and seeds: what is finished is kept, and what came of them is one table."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import transformers
+
+
+@dataclass
+class Job:
+    """
+    One variant with one seed.
+
+    Args:
+        variant (`str`): its name.
+        seed (`int`): its seed.
+        path (`Path`): where its result is kept, as JSON.
+        settings (`dict`): all that the result depends on; kept beside it.
+        run (`Callable`): makes the result, a `dict`.
+    """
+
+    variant: str
+    seed: int
+    path: Path
+    settings: dict[str, Any]
+    run: Callable[[], dict[str, Any]]
+
+
+def run_grid(jobs: list[Job]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Runs the jobs that are not finished yet; returns the results of all, by variant and seed."""
+    finished = [read_finished(job.path, job.settings) for job in jobs]  # all refusals before any work
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, (job, result) in enumerate(zip(jobs, finished, strict=True), start=1):
+        if result is None:
+            print(f"\n[{number}/{len(jobs)}] {job.variant}, seed {job.seed}", flush=True)
+            start = time.monotonic()
+            result = job.run()
+            result = {"settings": job.settings, "seconds": round(time.monotonic() - start), **result}
+            job.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(job.path, result)
+            result = json.loads(job.path.read_text())  # with keys of the same type as if it had been kept
+        results.setdefault(job.variant, {})[job.seed] = result
+    return results
+
+
+def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result in `path`, if there is one; ends the program if it was made with other settings."""
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["settings"] != json.loads(json.dumps(settings)):
+        raise SystemExit(f"{path.parent} was made with other settings: delete it, or choose another `output_dir`.")
+    return result
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes to a temporary name first, so that a killed run leaves no half-written file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def losses_by_context(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[int, float]]]:
+    """By variant, seed and context: the mean of the losses by window that each result has under `loss`."""
+    return {
+        variant: {
+            seed: {int(context): mean(losses) for context, losses in result["loss"].items()}
+            for seed, result in by_seed.items()
+        }
+        for variant, by_seed in results.items()
+    }
+
+
+def mean_losses(losses: dict[str, dict[int, dict[int, float]]]) -> dict[str, dict[int, float]]:
+    """The mean over the seeds, by variant and context."""
+    return {
+        variant: {
+            context: mean(loss[context] for loss in by_seed.values()) for context in next(iter(by_seed.values()))
+        }
+        for variant, by_seed in losses.items()
+    }
+
+
+def print_perplexities(
+    losses: dict[str, dict[int, dict[int, float]]], more: dict[str, dict[str, str]] | None = None
+) -> None:
+    """
+    Prints a row a variant and a column a context: the mean perplexity over seeds and its standard deviation.
+
+    Args:
+        losses (`dict`): by variant, seed and context, in nats per token.
+        more (`dict`, *optional*): further columns, by name and variant.
+    """
+    width = max(map(len, losses))
+    more = more or {}
+    contexts = next(iter(next(iter(losses.values())).values()))
+    print(" " * width + "".join(f"{name:>16}" for name in [*contexts, *more]))
+    for variant, by_seed in losses.items():
+        cells = []
+        for context in contexts:
+            perplexities = [math.exp(loss[context]) for loss in by_seed.values()]
+            spread = f" ±{stdev(perplexities):.3f}" if len(perplexities) > 1 else ""
+            cells.append(f"{mean(perplexities):.3f}{spread}")
+        cells += [column[variant] for column in more.values()]
+        print(variant.ljust(width) + "".join(f"{cell:>16}" for cell in cells))
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,181 @@
+"""
+Makes a FIRE model of a model with rotation: convert, calibrate, train on a little, and measure by context length.
+
+    accelerate launch recipes/retrofit.py recipes/retrofit/stories260k.yaml model.source=... data.text=...
+
+Fields of the YAML may be changed on the command line. Under the output folder: `model` (as it would go to the Hub) and
+`results.json`. A run that was killed goes on from its last checkpoint; a finished one is not run again.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
+from peft import LoraConfig, PeftModel, get_peft_model
+from settings import Retrofit, changed, parse_changes, read_fields
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from windows import Windows, as_dataset, read_windows
+
+from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.conversion import FAMILIES, CalibrationOptions, convert
+from modeling_fire.evaluation import loss_by_context
+from modeling_fire.training import FireTrainer, RotationAnnealing
+
+
+def retrofit(run: Retrofit) -> dict[str, Any]:
+    """Does what is not done yet; returns the result, which is empty on all processes but the main one."""
+    # 1. What is wrong with the settings or the text shows before any work.
+    output = Path(run.output_dir)
+    arguments = TrainingArguments(
+        **{"output_dir": str(output / "checkpoints"), "report_to": "none", "save_strategy": "no", **run.training}
+    )
+    lora = None
+    if run.heal.lora is not None:
+        lora = LoraConfig(**{"task_type": "CAUSAL_LM", "modules_to_save": ["position_bias"], **run.heal.lora})
+    tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
+    windows = windows_of(run, tokenizer)
+    windows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if len(windows.train) < windows_per_step:
+        raise ValueError(
+            f"{run.data.text} has {len(windows.train)} training windows; one step takes {windows_per_step}."
+        )
+    calibrate = None
+    if run.model.calibrate is not None:
+        options = {"text": windows.train_texts, "seed": arguments.seed, **run.model.calibrate}
+        calibrate = CalibrationOptions(**options)
+    read_finished(output / "settings.json", run.settings)
+
+    # 2. Convert and calibrate: once, while the other processes wait.
+    converted = output / "converted"
+    with arguments.main_process_first(local=False):
+        if not converted.exists():
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "settings.json", {"settings": run.settings})
+            convert(run.model.source, converted, calibrate=calibrate, **run.source)
+
+    # 3. Heal, in float32; `training.bf16` computes in bfloat16.
+    set_seed(arguments.seed)  # where LoRA starts
+    changes = config_changes(run)
+    model: Any = load(converted, changes)
+    if lora is not None:
+        model = get_peft_model(model, lora)
+    distillation: dict[str, Any] = {}
+    if run.heal.distill is not None:
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+        teacher: Any = AutoModelForCausalLM.from_pretrained(run.model.source, dtype=dtype, **run.source)
+        teacher.to(run.heal.teacher_device or arguments.device)
+        distillation = {"teacher": teacher, "distillation_weight": run.heal.distill}
+    checkpoint = last_checkpoint(arguments.output_dir)
+    arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
+    trainer = FireTrainer(
+        model,
+        arguments,
+        train_dataset=as_dataset(windows.train),
+        # The tokens and contexts that the training length is measured with in the end.
+        eval_dataset=as_dataset(windows.held_out[:, -run.data.length - 1 :], run.evaluation.num_targets),
+        data_collator=default_data_collator,
+        callbacks=None if run.heal.anneal is None else [RotationAnnealing(run.heal.anneal)],
+        bias_lr_multiplier=run.heal.bias_lr_multiplier,
+        **distillation,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(output / "trained"))
+    if not trainer.is_world_process_zero():
+        return {}
+
+    # 4. Save in the type of the source, adapters merged, and measure what was saved.
+    if lora is None:
+        model = load(output / "trained")
+    else:
+        if run.heal.anneal is not None:
+            changes = {**changes, "rope_parameters": None}
+        model = PeftModel.from_pretrained(load(converted, changes), str(output / "trained")).merge_and_unload()
+    unfinished = output / "model.unfinished"
+    model.to(FireConfig.from_pretrained(converted).dtype).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    unfinished.rename(output / "model")
+    shutil.rmtree(output / "trained")
+    history = trainer.state.log_history
+    return {
+        "loss": measure(run, model.to(arguments.device), windows),
+        "train_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+        "eval_loss": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
+        "tokens_per_step": windows_per_step * run.data.length,
+        "versions": versions(),
+    }
+
+
+def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """The text of a run, tokenised."""
+    data, longest = run.data, max(run.evaluation.contexts) + 1
+    return read_windows(
+        data.text, tokenizer, data.length, data.held_out, longest, run.evaluation.num_windows, data.documents
+    )
+
+
+def config_changes(run: Retrofit) -> dict[str, Any]:
+    """What the config of the model to train differs in from that of the converted one, which has no rotation."""
+    if run.model.rotation == "drop" and run.heal.anneal is None:
+        return run.model.config
+    config = AutoConfig.from_pretrained(run.model.source, **run.source)
+    fields = FAMILIES[config.model_type].fire_fields(config)
+    return changed({"rope_parameters": fields["rope_parameters"]}, run.model.config)
+
+
+def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM:
+    """The model in `folder`, in float32, with `changes` to its config; those to `rope_parameters` go by name."""
+    fields = FireConfig.from_pretrained(folder).to_dict()
+    config = FireConfig.from_dict(changed(fields, changes or {}))
+    return FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+def measure(run: Retrofit, model: PreTrainedModel, windows: Windows) -> dict[int, list[float]]:
+    """The loss of each held-out window, by context."""
+    return loss_by_context(model, windows.held_out, run.evaluation.contexts, run.evaluation.num_targets)
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The last one that is whole and has steps left: resumed at the end, Trainer would take one step too many."""
+    states = {
+        path.parent: TrainerState.load_from_json(str(path)) for path in Path(folder).glob("*/trainer_state.json")
+    }
+    steps = {path: state.global_step for path, state in states.items() if state.global_step < state.max_steps}
+    return str(max(steps, key=steps.__getitem__)) if steps else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the YAML")
+    parser.add_argument("changes", nargs="*", help="fields that differ from the YAML, as name=value")
+    given = parser.parse_args()
+    run = read_fields(Retrofit, changed(yaml.safe_load(given.run.read_text()), parse_changes(given.changes)))
+    path = Path(run.output_dir) / "results.json"
+    result = read_finished(path, run.settings)
+    if result is None:
+        result = {"settings": run.settings, **retrofit(run)}
+        if "loss" not in result:
+            return
+        write_json(path, result)
+    name = Path(run.output_dir).name
+    print(f"\nPerplexity of the same held-out tokens, trained at {run.data.length}, by context")
+    print_perplexities(losses_by_context({name: {0: result}}))
+    print(f"\n{Path(run.output_dir) / 'model'} is ready for the Hub; {path} has the figures.")
+
+
+if __name__ == "__main__":
+    main()

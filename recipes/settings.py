@@ -1,0 +1,133 @@
+"""The YAML of a retrofit, and how such settings are read and changed."""
+
+import dataclasses
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import yaml
+
+from modeling_fire import FireConfig
+
+
+Fields = TypeVar("Fields")
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `changes`: blocks are merged, `a.b` names the field `b` of the block `a`, all else replaces."""
+    result = dict(settings)
+    for name, value in changes.items():
+        block, _, rest = name.partition(".")
+        if rest:
+            value = {rest: value}
+        if isinstance(value, dict):
+            old = result.get(block)
+            value = changed(old if isinstance(old, dict) else {}, value)
+        result[block] = value
+    return result
+
+
+def parse_changes(arguments: list[str]) -> dict[str, Any]:
+    """`["data.length=128"]` as `{"data.length": 128}`; values are YAML."""
+    changes = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"Changes have the form name=value, got {argument!r}.")
+        changes[name] = yaml.safe_load(value)
+    return changes
+
+
+def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str = "") -> Fields:
+    """
+    A dataclass of the values of a YAML; fields that are dataclasses are its blocks.
+
+    Raises:
+        ValueError: if a field is unknown.
+    """
+    fields: dict[str, Any] = {each.name: each for each in dataclasses.fields(fields_class)}  # type: ignore[arg-type]
+    read = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"There is no field `{block}{name}`. Known are {', '.join(fields)}.")
+        is_block = dataclasses.is_dataclass(fields[name].type)
+        read[name] = read_fields(fields[name].type, value, f"{block}{name}.") if is_block else value
+    return fields_class(**read)
+
+
+@dataclass
+class Model:
+    """What is converted, and how."""
+
+    source: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    rotation: str = "drop"  # or "keep", also in the trained model; `heal.anneal` begins with it in any case
+    calibrate: dict | None = None  # fields of CalibrationOptions; the text is that of the training, if not set
+    config: dict = field(default_factory=dict)  # fields of FireConfig that differ from the converted model's
+
+    def __post_init__(self):
+        if self.rotation not in ("drop", "keep"):
+            raise ValueError(f"`model.rotation` must be 'drop' or 'keep', got {self.rotation!r}.")
+        unknown = set(self.config) - {each.name for each in dataclasses.fields(FireConfig)}
+        if unknown:
+            raise ValueError(f"FireConfig has no fields {', '.join(sorted(unknown))} (in `model.config`).")
+
+
+@dataclass
+class Data:
+    """What is trained and evaluated on."""
+
+    text: str  # a file or a dataset, as for CalibrationOptions
+    length: int  # tokens in a training window
+    held_out: float = 0.05  # share of the text, at its end, that is for evaluation
+    documents: int | None = None  # read no more than these
+
+
+@dataclass
+class Heal:
+    """How training differs from plain next-token training of all weights alike."""
+
+    anneal: float | None = None  # fraction of the steps, see RotationAnnealing
+    distill: float | None = None  # weight, see FireTrainer; the teacher is the source
+    teacher_device: str | None = None  # the student's, if not set
+    lora: dict | None = None  # fields of LoraConfig; the position bias is trained beside it
+    bias_lr_multiplier: float = 1.0
+
+
+@dataclass
+class Evaluation:
+    """The last `num_targets` tokens of each window, predicted from each of the `contexts`."""
+
+    contexts: list[int]  # in tokens, `data.length` among them
+    num_targets: int = 64
+    num_windows: int = 64
+
+
+@dataclass
+class Retrofit:
+    """The YAML. `training` holds transformers' TrainingArguments."""
+
+    output_dir: str
+    model: Model
+    data: Data
+    training: dict
+    evaluation: Evaluation
+    heal: Heal = field(default_factory=Heal)
+
+    def __post_init__(self):
+        contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
+        if self.data.length not in contexts:
+            raise ValueError(f"`data.length` ({self.data.length}) is not among `evaluation.contexts`: {contexts}.")
+        if min(contexts) < num_targets:
+            raise ValueError(f"`evaluation.num_targets` ({num_targets}) do not fit into contexts of {contexts}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {name: value for name, value in asdict(self).items() if name != "output_dir"}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of whatever reads the source, as far as they are set."""
+        arguments = {"revision": self.model.revision, "gguf_file": self.model.gguf_file}
+        return {name: value for name, value in arguments.items() if value is not None}

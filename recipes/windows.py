@@ -1,0 +1,78 @@
+"""Text as windows of tokens: the beginning to train on, the end to evaluate."""
+
+import sys
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from modeling_fire.conversion.text import read_texts, token_windows
+
+
+@dataclass
+class Windows:
+    """
+    Args:
+        train_texts (`list[str]`): the documents, without what is held out.
+        train (`torch.LongTensor` of shape `(windows, length)`): all of them.
+        held_out (`torch.LongTensor` of shape `(num_windows, held_out_length)`): evenly spread over the rest.
+    """
+
+    train_texts: list[str]
+    train: torch.Tensor
+    held_out: torch.Tensor
+
+
+def read_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    held_out: float,
+    held_out_length: int,
+    num_windows: int,
+    documents: int | None = None,
+) -> Windows:
+    """
+    Args:
+        text (`str`): a file or a dataset, see [`~modeling_fire.conversion.text.read_texts`].
+        tokenizer (`PreTrainedTokenizerBase`): also gives each document its special tokens.
+        length (`int`): tokens in a window for training.
+        held_out (`float`): share of the text, in characters.
+        held_out_length (`int`): tokens in a held-out window.
+        num_windows (`int`): how many of these.
+        documents (`int`, *optional*): read no more than these.
+
+    Raises:
+        ValueError: if the held-out text is too short.
+    """
+    train_texts, held_out_texts = split(list(islice(read_texts(text), documents)), held_out)
+    train = token_windows(train_texts, tokenizer, length, sys.maxsize)
+    windows = token_windows(held_out_texts, tokenizer, held_out_length, sys.maxsize)
+    if len(windows) < num_windows:
+        raise ValueError(
+            f"The held-out {held_out:.0%} of {text} have {len(windows)} windows of {held_out_length} tokens, not "
+            f"{num_windows}: take more text, hold out more of it, or evaluate fewer or shorter windows."
+        )
+    return Windows(train_texts, train, windows[torch.arange(num_windows) * len(windows) // num_windows])
+
+
+def split(texts: list[str], held_out: float) -> tuple[list[str], list[str]]:
+    """Parts the texts in two, at a character, so that the second part is the last share `held_out` of all."""
+    left = round(sum(map(len, texts)) * (1 - held_out))
+    first, second = [], []
+    for text in texts:
+        part = min(left, len(text))
+        left -= part
+        first.append(text[:part])
+        second.append(text[part:])
+    return [text for text in first if text], [text for text in second if text]
+
+
+def as_dataset(windows: torch.Tensor, num_targets: int | None = None) -> Dataset:
+    """With `labels` for a causal language model: all tokens, or only the last `num_targets`."""
+    labels = windows.clone()
+    if num_targets is not None:
+        labels[:, :-num_targets] = -100
+    return Dataset.from_dict({"input_ids": windows.numpy(), "labels": labels.numpy()}).with_format("torch")

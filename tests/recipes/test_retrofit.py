@@ -1,0 +1,244 @@
+"""The retrofit recipe in miniature: from a LLaMA checkpoint and a text to a model that AutoModel loads."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from modeling_fire.conversion import CalibrationOptions
+
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
+
+from checkpoints import llama, save_tokenizer  # noqa: E402
+from retrofit import load, retrofit  # noqa: E402
+from settings import Retrofit, changed, parse_changes, read_fields  # noqa: E402
+from windows import as_dataset, read_windows, split  # noqa: E402
+
+
+TEXT = "Once upon a time there was a little fox. It ran through the woods, and the woods were dark and deep. "
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A random LLaMA with its tokenizer, and a text of some 6000 letters, one token each."""
+    folder = tmp_path_factory.mktemp("source")
+    llama().save_pretrained(folder)
+    save_tokenizer(folder)
+    (folder / "text.txt").write_text("".join(f"{TEXT}{number} " for number in range(60)))
+    return folder
+
+
+@pytest.fixture
+def settings(source, tmp_path) -> dict:
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"source": str(source)},
+        "data": {"text": str(source / "text.txt"), "length": 32, "held_out": 0.2},
+        "training": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1.0e-3,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "eval_on_start": True,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+        "evaluation": {"contexts": [32, 64], "num_targets": 8, "num_windows": 4},
+    }
+
+
+def run(settings: dict, **changes) -> dict:
+    """The result of a run in this process; the name of a field is written with `__` for each dot."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return retrofit(read_fields(Retrofit, changed(settings, changes)))
+
+
+def command(settings: dict, *arguments: str) -> list[str]:
+    path = Path(settings["output_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return [str(ROOT / "recipes" / "retrofit.py"), str(path), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def execute(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def test_changes_of_settings():
+    base = {"a": {"b": 1, "c": None}, "d": [1]}
+    assert changed(base, {"a.b": 2, "a.c.e": 3, "d": [2]}) == {"a": {"b": 2, "c": {"e": 3}}, "d": [2]}
+    assert changed(base, {"a": {"c": {"e.f": 4}}}) == {"a": {"b": 1, "c": {"e": {"f": 4}}}, "d": [1]}
+    assert base == {"a": {"b": 1, "c": None}, "d": [1]}
+    assert parse_changes(["a.b=1.0e-3", "c=[1, 2]", "d=x=y"]) == {"a.b": 1e-3, "c": [1, 2], "d": "x=y"}
+    with pytest.raises(ValueError, match="form name=value, got 'a'"):
+        parse_changes(["a"])
+
+
+def test_wrong_settings_are_refused(settings):
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            run(settings, **changes)
+        assert not Path(settings["output_dir"]).exists()
+
+    refused("no field `heal.distil`. Known are anneal, distill", heal__distil=1.0)
+    refused("no field `output`. Known are output_dir, model", output=1)
+    refused("FireConfig has no fields position_bais", model__config={"position_bais": "none"})
+    refused("must be 'drop' or 'keep', got 'kept'", model__rotation="kept")
+    refused(r"`data.length` \(16\) is not among", data__length=16)
+    refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
+    refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
+    refused("training windows; one step takes 4000", training__per_device_train_batch_size=4000)
+
+
+def test_windows(source):
+    assert split(["abc", "defg", "hij"], 0.5) == (["abc", "de"], ["fg", "hij"])
+    assert split(["abcd"], 0.25) == (["abc"], ["d"])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = read_windows(str(source / "text.txt"), tokenizer, 32, 0.2, 65, 3)
+    text = (source / "text.txt").read_text()
+    assert "".join(windows.train_texts) == text[: round(0.8 * len(text))]
+    assert windows.train.shape == (round(0.8 * len(text)) // 32, 32)
+    assert windows.train[:2].flatten().tolist() == tokenizer(text).input_ids[:64]
+    assert windows.held_out.shape == (3, 65)
+    assert windows.held_out[0].tolist() == tokenizer(text[round(0.8 * len(text)) :]).input_ids[:65]
+    labels = as_dataset(windows.held_out, 8)["labels"][:]
+    assert (labels[:, :-8] == -100).all() and torch.equal(labels[:, -8:], windows.held_out[:, -8:])
+
+
+def test_documents_have_the_special_tokens_of_the_tokenizer(source, tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(20)))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_bos_token = True
+    windows = read_windows(str(tmp_path / "text.jsonl"), tokenizer, 16, 0.5, 17, 2, documents=10)
+    assert len(windows.train_texts) == 5
+    assert windows.train.flatten().tolist()[: len(TEXT)] == tokenizer(TEXT).input_ids[: len(TEXT)]
+
+
+def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path):
+    settings["model"]["calibrate"] = {"tokens": 640}
+    out = tmp_path / "out"
+    first = execute(*command(settings, "heal.bias_lr_multiplier=3"))
+    assert first.returncode == 0, first.stderr
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints",
+        "converted",
+        "model",
+        "results.json",
+        "settings.json",
+    }
+    result = json.loads((out / "results.json").read_text())
+    assert result["settings"]["heal"]["bias_lr_multiplier"] == 3
+    means = {context: sum(losses) / len(losses) for context, losses in result["loss"].items()}
+    assert f"{math.exp(means['64']):.3f}" in first.stdout, "the table is what was measured"
+    # What is evaluated on the way is what is measured in the end.
+    assert list(result["eval_loss"]) == ["0", "3", "6"]
+    assert result["eval_loss"]["6"] == pytest.approx(means["32"], rel=1e-5)
+    assert result["tokens_per_step"] == 4 * 32
+
+    stranger = "import sys; sys.modules['modeling_fire'] = None; from transformers import AutoModelForCausalLM as A; "
+    stranger += "print(A.from_pretrained(sys.argv[1], trust_remote_code=True).config.rope_parameters)"
+    loaded = execute("-c", stranger, str(out / "model"))
+    assert loaded.stdout.strip() == "None", loaded.stderr
+
+    written = (out / "results.json").stat().st_mtime_ns
+    second = execute(*command(settings, "heal.bias_lr_multiplier=3"))
+    assert second.returncode == 0 and second.stdout == first.stdout[first.stdout.index("\nPerplexity") :]
+    assert (out / "results.json").stat().st_mtime_ns == written, "what is finished is not run again"
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path):
+    """Killed while it trains, with half a checkpoint beside a whole one; later after its last step."""
+    changes = {"heal": {"anneal": 0.5, "distill": 0.5}, "training.max_steps": 60}
+    undisturbed = run(
+        settings, output_dir=str(tmp_path / "whole"), **{"training.max_steps": 60, "heal": changes["heal"]}
+    )
+
+    arguments = command(changed(settings, changes))
+    process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "model").exists(), "killed too late to test anything"
+    (checkpoints / "checkpoint-59").mkdir()
+    assert run(changed(settings, changes)) == undisturbed
+    assert not (tmp_path / "out" / "trained").exists()
+
+    # Trainer, resumed from the checkpoint of the last step, would take one more.
+    assert run(changed(settings, changes)) == undisturbed
+
+
+def test_a_run_is_not_continued_with_other_settings(settings):
+    run(settings)
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        run(settings, data__held_out=0.3)
+
+
+def test_two_processes_do_what_one_does(settings, tmp_path):
+    heal = {"distill": 0.5, "anneal": 0.5}
+    one = run(settings, output_dir=str(tmp_path / "one"), heal=heal)
+    both = changed(settings, {"heal": heal, "training.per_device_train_batch_size": 2, "training.ddp_backend": "gloo"})
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    launched = execute(*launch, *command(both))
+    assert launched.returncode == 0, launched.stderr
+    two = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("train_loss", "eval_loss"):
+        assert list(two[name].values()) == pytest.approx(list(one[name].values()), rel=1e-4), name
+    for context, losses in one["loss"].items():
+        assert two["loss"][str(context)] == pytest.approx(losses, rel=1e-4)
+    assert two["tokens_per_step"] == one["tokens_per_step"]
+
+
+def test_lora_is_merged(settings, tmp_path):
+    lora = {"r": 2, "target_modules": ["q_proj", "k_proj"]}
+    result = run(settings, heal={"lora": lora, "anneal": 0.5}, training__learning_rate=0.01)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.rope_parameters is None
+    start = load(tmp_path / "out" / "converted").state_dict()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert {name.split(".self_attn.")[-1].split(".")[0] for name in moved} == {"q_proj", "k_proj", "position_bias"}
+    assert sum(result["loss"][32]) / 4 == pytest.approx(result["eval_loss"][6], rel=1e-4)
+
+
+def test_rotation_and_config(settings, tmp_path):
+    """Trained on as it was, and with other RoPE parameters, of which those that are not named stay."""
+    kept = {"position_bias": "none", "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    run(settings, model__rotation="keep", model__config=kept, training__max_steps=2)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config
+    assert config.position_bias == "none"
+    assert config.rope_parameters["factor"] == 2.0 and config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_weights_keep_the_type_of_the_source(settings, source, tmp_path):
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    save_tokenizer(tmp_path / "bfloat16")
+    run(settings, model__source=str(tmp_path / "bfloat16"), training__max_steps=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.model.layers[0].self_attn.position_bias.c.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["stories260k", "smollm2"])
+def test_shipped_runs_load(name):
+    run = read_fields(Retrofit, yaml.safe_load((ROOT / "recipes" / "retrofit" / f"{name}.yaml").read_text()))
+    TrainingArguments("unused", **{**run.training, "bf16": False})  # which needs a GPU
+    CalibrationOptions(text="unused", **run.model.calibrate)

@@ -1,0 +1,99 @@
+"""The study of retrofits in miniature: the YAML, what is run and what is not, the table and the plots."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
+
+from checkpoints import llama, save_tokenizer  # noqa: E402
+from retrofit_study import Study  # noqa: E402
+from settings import read_fields  # noqa: E402
+
+
+def run(study: dict, folder: Path, *changes: str) -> subprocess.CompletedProcess:
+    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "retrofit_study.py"), str(folder / "study.yaml"), *changes],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture
+def study(tmp_path) -> dict:
+    llama().save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    (tmp_path / "text.txt").write_text("".join(f"The {number}th fox ran through the woods. " for number in range(200)))
+    training = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "base": {
+            "model": {"source": str(tmp_path / "source")},
+            "data": {"text": "changed on the command line", "length": 32, "held_out": 0.2},
+            "training": {**training, **evaluation},
+            "evaluation": {"contexts": [32, 64], "num_targets": 8, "num_windows": 2},
+        },
+        "control": "RoPE",
+        "seeds": [0, 1],
+        "variants": {
+            "RoPE as PI": {"from": "RoPE", "config": {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}},
+            "RoPE": {"model": {"rotation": "keep", "config": {"position_bias": "none"}}},
+            "FIRE": {"heal.bias_lr_multiplier": 2},
+        },
+    }
+
+
+def test_run_resume_and_result(study, tmp_path):
+    out, text = tmp_path / "out", f"base.data.text={tmp_path / 'text.txt'}"
+    first = run(study, tmp_path, text)
+    assert first.returncode == 0, first.stderr
+    folders = {f"{variant}-seed{seed}" for variant in study["variants"] for seed in study["seeds"]}
+    assert {path.name for path in out.iterdir()} == folders | {"results.json", "perplexity.png", "recovery.png"}
+    results = json.loads((out / "results.json").read_text())
+    means = results["mean_loss"]
+    assert list(means) == list(study["variants"]), "in the order of the YAML"
+    table = {line.split("  ")[0]: line for line in first.stdout.splitlines()}
+    for variant, loss in means.items():
+        ratio = math.exp(loss["32"] - means["RoPE"]["32"]), math.exp(loss["64"] - loss["32"])
+        assert table[variant].split()[-2:] == [f"{value:.3f}" for value in ratio]
+    # Not trained, but neither is it the control: at least one of the contexts says so.
+    assert means["RoPE as PI"] != means["RoPE"]
+    assert list(results["loss_by_tokens"]) == ["RoPE", "FIRE"]
+    assert list(results["loss_by_tokens"]["FIRE"]) == ["0", "64", "128"]
+    seeds = [json.loads((out / f"FIRE-seed{seed}" / "results.json").read_text()) for seed in (0, 1)]
+    assert seeds[0]["train_loss"] == seeds[1]["train_loss"] == {} and seeds[0]["loss"] != seeds[1]["loss"]
+    assert means["FIRE"]["32"] == pytest.approx(mean(mean(result["loss"]["32"]) for result in seeds))
+    assert results["loss_by_tokens"]["FIRE"]["128"] == pytest.approx(means["FIRE"]["32"], rel=1e-5)
+
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
+    study["variants"]["DroPE"] = {"model": {"config": {"position_bias": "none"}}}
+    second = run(study, tmp_path, text, "seeds=[0]")
+    assert second.returncode == 0, second.stderr
+    assert "DroPE, seed 0" in second.stdout and "FIRE, seed 0" not in second.stdout
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "what is finished is not run again"
+
+
+def test_a_variant_of_a_variant_that_is_not_trained_is_refused(study):
+    with pytest.raises(ValueError, match="'ROPE' is not among the variants that are trained: RoPE, FIRE"):
+        read_fields(Study, {**study, "control": "ROPE"})
+    study["variants"]["RoPE as YaRN"] = {"from": "RoPE as PI", "config": {}}
+    with pytest.raises(ValueError, match="'RoPE as PI' is not among"):
+        read_fields(Study, study)
+
+
+def test_the_shipped_study_loads():
+    study = read_fields(Study, yaml.safe_load((ROOT / "recipes" / "retrofit" / "study.yaml").read_text()))
+    for variant in study.variants:
+        study.run(variant, 0)
