@@ -11,6 +11,7 @@ from recipes.corpus import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RECIPES = sorted(path.parent.name for path in ROOT.glob("recipes/*/README.md"))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -27,7 +28,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "benchmarks/README.md", "recipes/demo/README.md", "recipes/defaults/README.md"]
+    "page", ["README.md", "benchmarks/README.md", *(f"recipes/{name}/README.md" for name in RECIPES)]
 )
 def test_links_exist(page):
     text = (ROOT / page).read_text()

@@ -14,7 +14,6 @@ query has in pair `m`: what is left, on the average, of the rotation. For each h
 over queries of some text. Because `s` is linear in `w` and `z`, this is multinomial logistic regression.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,10 +57,10 @@ def fit(
     query, rotated_query = query[:, :, rows] * attention.scaling, rotated_query[:, :, rows] * attention.scaling
 
     distance = rows[:, None] - positions.key
-    hidden_keys = distance < 0
+    ahead = distance < 0
     x = bias.psi(distance.clamp(min=0).float()) / bias.normalizer(rows.float())[:, None]
     hinges = bias.mlp[1](bias.mlp[0](x[..., None]))
-    hinges[hidden_keys] = 0.0
+    hinges[ahead] = 0.0
     scale = hinges.flatten(0, 1).square().mean(0).sqrt().clamp(min=1e-6)
     hinges = hinges / scale
 
@@ -71,17 +70,17 @@ def fit(
     for head in range(query.shape[1]):
         shared = head // attention.num_key_value_groups
 
-        def regression(window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            """The features of a window, the score that is not theirs to change, and the target."""
-            q, k = query[window, head], key[window, shared]  # noqa: B023 (called within the loop)
-            target = rotated_query[window, head] @ rotated_key[window, shared].T  # noqa: B023
+        windows = []
+        for window in range(len(inputs)):
+            q, k = query[window, head], key[window, shared]
             fixed = q[:, rotated:] @ k[:, rotated:].T
+            target = rotated_query[window, head] @ rotated_key[window, shared].T
             features = torch.cat((hinges, *turned_products(q[:, :rotated], k[:, :rotated])), dim=-1)
-            return features, fixed.masked_fill(hidden_keys, -torch.inf), target.masked_fill(hidden_keys, -torch.inf)
+            windows.append((features, fixed.masked_fill(ahead, -torch.inf), target.masked_fill(ahead, -torch.inf)))
 
         start = torch.zeros(hinges.shape[-1] + rotated, dtype=torch.float64, device=inputs.device)
         start[hinges.shape[-1] : hinges.shape[-1] + rotated // 2] = 1.0
-        parameters, divergence = minimise(regression, len(inputs), start)
+        parameters, divergence = minimise(windows, start)
         divergences.append(divergence)
         weight, z = parameters.split((hinges.shape[-1], rotated))
         bias.mlp[2].weight[head] = weight / scale
@@ -117,33 +116,35 @@ def turn_queries(attention: FireAttention, head: int, real: torch.Tensor, imagin
         rows[pairs:] = real[:, None] * q2 - imaginary[:, None] * q1
 
 
-def minimise(regression: Callable, windows: int, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def minimise(
+    windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Newton's method, damped where a full step goes too far.
 
     Args:
-        regression (`Callable`): given the number of a window, its features, fixed scores and target scores.
-        windows (`int`): how many there are.
+        windows (`list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]`):
+            For each window the features, of shape `(rows, keys, parameters)`; the scores that do not depend on the
+            parameters, and those of the target, of shape `(rows, keys)`. A key that is not seen has `-inf`.
         start (`torch.Tensor` of shape `(parameters,)`): float64.
 
     Returns:
         The parameters, and the mean divergence there.
     """
+    terms = len(windows) * len(windows[0][0])
 
     def evaluate(parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         divergence, gradient = start.new_zeros(()), torch.zeros_like(start)
         hessian = start.new_zeros(len(start), len(start))
-        for window in range(windows):
-            features, fixed, target = regression(window)
+        for features, fixed, target in windows:
             log_p = (features @ parameters.to(features.dtype) + fixed).log_softmax(-1)
             p, wanted = log_p.exp(), target.softmax(-1)
             per_key = torch.where(wanted > 0, wanted * (target.log_softmax(-1) - log_p), 0.0)
             weighted = p[..., None] * features
             mean = weighted.sum(1)
-            divergence += per_key.sum(-1).mean() / windows
-            gradient += torch.einsum("rkp,rk->p", features, p - wanted) / (len(p) * windows)
-            outer = weighted.flatten(0, 1).T @ features.flatten(0, 1) - mean.T @ mean
-            hessian += outer / (len(p) * windows)
+            divergence += per_key.sum() / terms
+            gradient += torch.einsum("rkp,rk->p", features, p - wanted) / terms
+            hessian += (weighted.flatten(0, 1).T @ features.flatten(0, 1) - mean.T @ mean) / terms
         away = parameters - start
         hessian.diagonal().add_(RIDGE)
         return divergence + RIDGE / 2 * away.square().sum(), gradient + RIDGE * away, hessian, divergence

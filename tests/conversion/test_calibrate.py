@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,7 +102,7 @@ def test_newton_finds_the_minimum():
     fixed, target = torch.randn(2, 3, 20, 11, generator=generator, dtype=torch.float64) * 3
     fixed[..., 7:] = target[..., 7:] = -torch.inf
     start = torch.randn(5, generator=generator, dtype=torch.float64)
-    found, at_minimum = minimise(lambda window: (features[window], fixed[window], target[window]), 3, start)
+    found, at_minimum = minimise(list(zip(features, fixed, target, strict=True)), start)
 
     parameters = found.clone().requires_grad_()
     log_p, wanted = (features @ parameters + fixed).log_softmax(-1), target.softmax(-1)
@@ -271,10 +272,14 @@ def test_texts_from_files(tmp_path):
     rows = [{"text": document, "other": 1} for document in documents]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert list(read_texts(str(tmp_path / "a.jsonl"))) == documents
-    from datasets import Dataset
-
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     assert list(read_texts(str(tmp_path / "a.parquet"))) == documents
+    (tmp_path / "dataset").mkdir()  # to `datasets` a folder is a dataset like any on the Hub
+    Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
+    assert list(read_texts(str(tmp_path / "dataset"))) == documents
+    assert list(read_texts(f"{tmp_path / 'dataset'}:default")) == documents
+    with pytest.raises(ConversionError, match="cannot be read as a dataset"):
+        list(read_texts(f"{tmp_path / 'dataset'}:nonesuch"))
     assert list(read_texts(documents)) == documents
     (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ConversionError, match="has no column 'text', but body"):
