@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study retrofit-study bench bench-model kernels test test-transformers lint types format clean
+.PHONY: help demo study compare ablate retrofit-study bench bench-model kernels test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -26,6 +26,12 @@ demo: $(READY)  ## Train FIRE and its rivals at a short length, test them at 16 
 
 study: $(READY)  ## The study behind FIRE's defaults (half an hour on two cores; a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/study.yaml
+
+compare: $(READY)  ## FIRE and all its rivals, three seeds each, from 1/4 to 16 times the training length (a killed run continues)
+	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/compare/compare.yaml
+
+ablate: $(READY)  ## The parts of FIRE, one at a time, likewise
+	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/ablate/ablate.yaml
 
 retrofit-study: $(READY)  ## Ways to extend a model with rotation, side by side: SOURCE=checkpoint TEXT=file (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/retrofit_study.py recipes/retrofit/study.yaml base.model.source=$(SOURCE) base.data.text=$(TEXT)

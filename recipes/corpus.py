@@ -1,7 +1,8 @@
-"""Real text that every machine with Python has: the standard library and its documentation topics, as bytes."""
+"""Text as bytes: any files, or what every machine with Python has, the standard library and its documentation."""
 
 import random
 import sysconfig
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -11,27 +12,37 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
-def python_corpus(min_bytes: int = 3000, held_out_share: float = 0.1) -> tuple[list[bytes], list[bytes]]:
+def corpus(pattern: str | None = None, held_out_share: float = 0.1) -> tuple[list[bytes], list[bytes]]:
     """
-    The modules of the standard library (without its tests) and the topics of `help()`, shuffled, parted by *file*.
+    Text files, shuffled, parted by *file*.
 
     Args:
-        min_bytes (`int`, *optional*, defaults to 3000): shorter files are left out.
+        pattern (`str`, *optional*): of their names, as in a shell. By default what Python comes with.
         held_out_share (`float`, *optional*, defaults to 0.1): share of the files that are not for training.
 
     Returns:
-        `tuple[list[bytes], list[bytes]]`: the files for training, and the held-out ones.
+        `tuple[list[bytes], list[bytes]]`: the files for training, and the held-out ones, at least one.
+
+    Raises:
+        ValueError: if there are fewer than two files.
     """
+    files = python_files() if pattern is None else [Path(name).read_bytes() for name in sorted(glob(pattern))]
+    if len(files) < 2:
+        raise ValueError(f"{pattern!r} names {len(files)} files: one to train on and one to test are the least.")
+    random.Random(0).shuffle(files)
+    num_held_out = max(1, round(len(files) * held_out_share))
+    return files[num_held_out:], files[:num_held_out]
+
+
+def python_files(min_bytes: int = 3000) -> list[bytes]:
+    """The modules of the standard library (without its tests) and the topics of `help()`, unless they are shorter."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
     paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
     files = [path.read_bytes() for path in paths] + [text.encode() for _, text in sorted(topics.items())]
-    files = [file for file in files if len(file) >= min_bytes]
-    random.Random(0).shuffle(files)
-    num_held_out = round(len(files) * held_out_share)
-    return files[num_held_out:], files[:num_held_out]
+    return [file for file in files if len(file) >= min_bytes]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

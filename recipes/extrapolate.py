@@ -3,12 +3,12 @@ Trains models that differ in one thing at a short length, and tests them on the 
 
     python recipes/extrapolate.py recipes/demo/demo.yaml
 
-The YAML names the variants; all share shape, data, seed and optimiser. What is finished is not run again, so a killed
-run continues where it was. Under the output folder: `results.json`, `perplexity.png`, `learned_bias.png` and, for each
-variant and seed, a folder with the model as it would go to the Hub.
+The YAML names the variants; all share shape, data, seed and optimiser. Its fields may be changed on the command line,
+as name=value. What is finished is not run again, so a killed run continues where it was. Under the output folder:
+`results.json`, `perplexity.png`, `learned_bias.png` and, for each variant and seed, a folder with the model as it
+would go to the Hub.
 """
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from corpus import byte_tokenizer, evaluation_windows, python_corpus, training_blocks
+from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
+from settings import settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
@@ -33,15 +33,17 @@ from modeling_fire.training import FireTrainer
 class Study:
     """
     The YAML. `variants` maps a name to the fields of [`FireConfig`] in which it differs from `model`, and may name a
-    `bias_lr_multiplier` and a `bias_weight_decay` of its own; `training` holds transformers' TrainingArguments;
-    `contexts` are lengths in tokens, the first of which is the training length.
+    `bias_lr_multiplier` and a `bias_weight_decay` of its own. One that has `from` is not trained: it is the variant of
+    that name, with other fields where it is tested. `training` holds transformers' TrainingArguments.
     """
 
     output_dir: str
     model: dict
     variants: dict[str, dict]
-    contexts: list[int]
+    length: int  # of the training texts, in tokens
+    contexts: list[int]  # of the test, in tokens
     training: dict
+    text: str | None = None  # pattern of the names of text files; None: what Python comes with
     seeds: list[int] = field(default_factory=lambda: [0])
     num_windows: int = 64
     num_targets: int = 64
@@ -49,6 +51,16 @@ class Study:
     bias_weight_decay: float = 0.0  # of the weights of f; its biases, c and L never decay
     show: str | None = None  # the variant whose biases are drawn and that speaks at the end
     prompt: str = "def "
+
+    def __post_init__(self):
+        trained = [variant for variant, changes in self.variants.items() if "from" not in changes]
+        named = [changes["from"] for changes in self.variants.values() if "from" in changes]
+        for name in [*named, self.show or trained[0]]:
+            if name not in trained:
+                raise ValueError(f"{name!r} is not among the variants that are trained: {', '.join(trained)}.")
+
+    def folder(self, variant: str, seed: int) -> Path:
+        return Path(self.output_dir) / f"{variant}-seed{seed}"
 
 
 # What may change without making a finished run another one.
@@ -58,7 +70,7 @@ NOT_OF_A_RUN = {"output_dir", "variants", "seeds", "show", "prompt"}
 def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalLM:
     """Trains one variant with transformers' Trainer and saves it, whole or not at all."""
     set_seed(seed)
-    changes = {"max_position_embeddings": study.contexts[0], **study.variants[variant]}
+    changes = {"max_position_embeddings": study.length, **study.variants[variant]}
     bias_lr_multiplier = changes.pop("bias_lr_multiplier", study.bias_lr_multiplier)
     bias_weight_decay = changes.pop("bias_weight_decay", study.bias_weight_decay)
     model = FireForCausalLM(FireConfig(**{**study.model, **changes}))
@@ -70,7 +82,7 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     trainer = FireTrainer(
         model=model,
         args=arguments,
-        train_dataset=training_blocks(python_corpus()[0], study.contexts[0]),
+        train_dataset=training_blocks(corpus(study.text)[0], study.length),
         data_collator=default_data_collator,
         processing_class=byte_tokenizer(),
         bias_lr_multiplier=bias_lr_multiplier,
@@ -83,23 +95,29 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     return model
 
 
-def measure(study: Study, windows: torch.Tensor, variant: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates one variant."""
-    model = train(study, variant, seed, folder)
+def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dict[str, Any]:
+    """Trains a variant, or takes another's model with changes to its config, and evaluates it."""
+    changes = dict(study.variants[variant])
+    if "from" in changes:
+        folder = study.folder(changes.pop("from"), seed)
+        config = FireConfig.from_dict({**FireConfig.from_pretrained(folder).to_dict(), **changes})
+        model = FireForCausalLM.from_pretrained(folder, config=config)
+    else:
+        model = train(study, variant, seed, study.folder(variant, seed))
     return {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
 
 
 def jobs(study: Study) -> list[Job]:
-    """One for each variant and seed."""
-    windows = evaluation_windows(python_corpus()[1], study.contexts[-1] + 1, study.num_windows)
+    """One for each variant and seed; first those that are trained."""
+    windows = evaluation_windows(corpus(study.text)[1], max(study.contexts) + 1, study.num_windows)
     shared = {name: value for name, value in vars(study).items() if name not in NOT_OF_A_RUN}
     result = []
     for seed in study.seeds:
         for variant, changes in study.variants.items():
-            folder = Path(study.output_dir) / f"{variant}-seed{seed}"
-            run = partial(measure, study, windows, variant, seed, folder)
-            result.append(Job(variant, seed, folder / "loss_by_context.json", {**shared, "variant": changes}, run))
-    return result
+            path = study.folder(variant, seed) / "loss_by_context.json"
+            run = partial(measure, study, windows, variant, seed)
+            result.append(Job(variant, seed, path, {**shared, "variant": changes}, run))
+    return sorted(result, key=lambda job: "from" in study.variants[job.variant])
 
 
 # Run by a fresh interpreter that cannot import this package: what a stranger gets who downloads the folder.
@@ -117,30 +135,26 @@ print(tokenizer.decode(output[0]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the YAML that names the variants")
-    study = Study(**yaml.safe_load(parser.parse_args().study.read_text()))
-    if study.show is not None and study.show not in study.variants:
-        parser.error(f"`show` names {study.show!r}, which is not among the variants: {', '.join(study.variants)}.")
-
+    study = settings_from_command_line(Study, __doc__)
     start = time.monotonic()
     output = Path(study.output_dir)
-    losses = losses_by_context(run_grid(jobs(study)))
+    results = run_grid(jobs(study))
+    losses = losses_by_context({variant: results[variant] for variant in study.variants})
     means = mean_losses(losses)
     print(
         f"\nPerplexity per byte of the same {study.num_windows * study.num_targets} held-out tokens, trained at "
-        f"{study.contexts[0]}, by context"
-        + (f"; mean of {len(study.seeds)} seeds and their standard deviation" if len(study.seeds) > 1 else "")
+        f"{study.length}, by context"
+        + (f"; mean of {len(study.seeds)} seeds with its 95% confidence interval" if len(study.seeds) > 1 else "")
     )
     print_perplexities(losses)
     write_json(output / "results.json", {"versions": versions(), "study": vars(study), "mean_loss": means})
-    plot_perplexity_by_context(means, output / "perplexity.png", study.contexts[0], "Trained short, tested long")
+    plot_perplexity_by_context(means, output / "perplexity.png", study.length, "Trained short, tested long")
     print(f"\nWrote {output / 'results.json'} and {output / 'perplexity.png'}.")
 
     if study.show is not None:
-        folder = output / f"{study.show}-seed{study.seeds[0]}"
+        folder = study.folder(study.show, study.seeds[0])
         model = FireForCausalLM.from_pretrained(folder)
-        queries = [study.contexts[0] - 1, study.contexts[-1] - 1]
+        queries = [study.length - 1, max(study.contexts) - 1]
         plot_learned_bias(model, output / "learned_bias.png", queries)
         print(f"Wrote {output / 'learned_bias.png'}: what each head of {study.show} learned.")
         print(f"\n{folder} is ready for the Hub. A fresh process without this package loads it and goes on from")

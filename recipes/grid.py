@@ -90,11 +90,20 @@ def mean_losses(losses: dict[str, dict[int, dict[int, float]]]) -> dict[str, dic
     }
 
 
+# Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def half_interval(values: list[float]) -> float:
+    """Half the width of the 95% confidence interval of the mean of 2 to 10 values."""
+    return T_95[len(values) - 2] * stdev(values) / math.sqrt(len(values))
+
+
 def print_perplexities(
     losses: dict[str, dict[int, dict[int, float]]], more: dict[str, dict[str, str]] | None = None
 ) -> None:
     """
-    Prints a row a variant and a column a context: the mean perplexity over seeds and its standard deviation.
+    Prints a row a variant and a column a context: the mean perplexity over seeds, with its 95% confidence interval.
 
     Args:
         losses (`dict`): by variant, seed and context, in nats per token.
@@ -108,7 +117,7 @@ def print_perplexities(
         cells = []
         for context in contexts:
             perplexities = [math.exp(loss[context]) for loss in by_seed.values()]
-            spread = f" ±{stdev(perplexities):.3f}" if len(perplexities) > 1 else ""
+            spread = f" ±{half_interval(perplexities):.3f}" if len(perplexities) > 1 else ""
             cells.append(f"{mean(perplexities):.3f}{spread}")
         cells += [column[variant] for column in more.values()]
         print(variant.ljust(width) + "".join(f"{cell:>16}" for cell in cells))

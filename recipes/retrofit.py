@@ -7,16 +7,14 @@ Fields of the YAML may be changed on the command line. Under the output folder: 
 `results.json`. A run that was killed goes on from its last checkpoint; a finished one is not run again.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
-from settings import Retrofit, changed, parse_changes, read_fields
+from settings import Retrofit, changed, settings_from_command_line
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -159,11 +157,7 @@ def last_checkpoint(folder: str) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the YAML")
-    parser.add_argument("changes", nargs="*", help="fields that differ from the YAML, as name=value")
-    given = parser.parse_args()
-    run = read_fields(Retrofit, changed(yaml.safe_load(given.run.read_text()), parse_changes(given.changes)))
+    run = settings_from_command_line(Retrofit, __doc__)
     path = Path(run.output_dir) / "results.json"
     result = read_finished(path, run.settings)
     if result is None:

@@ -8,7 +8,6 @@ its last checkpoint. Under the output folder: `results.json`, `perplexity.png`, 
 and seed, a folder as `retrofit.py` leaves it.
 """
 
-import argparse
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
 from retrofit import load, measure, retrofit, windows_of
-from settings import Retrofit, changed, parse_changes, read_fields
+from settings import Retrofit, changed, read_fields, settings_from_command_line
 from transformers import AutoTokenizer
 
 from modeling_fire.evaluation import plot_perplexity_by_context, plot_perplexity_by_tokens
@@ -85,12 +83,7 @@ def loss_by_tokens(results: dict[int, dict[str, Any]]) -> dict[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="the YAML that names the variants")
-    parser.add_argument("changes", nargs="*", help="fields that differ from the YAML, as name=value")
-    given = parser.parse_args()
-    study = read_fields(Study, changed(yaml.safe_load(given.study.read_text()), parse_changes(given.changes)))
-
+    study = settings_from_command_line(Study, __doc__)
     results = run_grid(study.jobs())
     results = {variant: results[variant] for variant in study.variants}
     losses = losses_by_context(results)

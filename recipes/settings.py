@@ -1,7 +1,9 @@
 """The YAML of a retrofit, and how such settings are read and changed."""
 
+import argparse
 import dataclasses
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -10,6 +12,22 @@ from modeling_fire import FireConfig
 
 
 Fields = TypeVar("Fields")
+
+
+def settings_from_command_line(fields_class: type[Fields], description: str) -> Fields:
+    """
+    A dataclass of the YAML that the command line names, with the changes that it asks for. Ends the program with a
+    message if something is wrong with them.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="a YAML")
+    parser.add_argument("changes", nargs="*", help="fields that differ from the YAML, as name=value")
+    given = parser.parse_args()
+    try:
+        settings = yaml.safe_load(given.settings.read_text())
+        return read_fields(fields_class, changed(settings, parse_changes(given.changes)))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
 
 
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

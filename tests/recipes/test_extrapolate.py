@@ -18,16 +18,31 @@ from modeling_fire import FireConfig
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from corpus import as_tokens, byte_tokenizer, evaluation_windows, python_corpus, training_blocks  # noqa: E402
+from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks  # noqa: E402
 from extrapolate import Study  # noqa: E402
+from grid import half_interval  # noqa: E402
 
 
 def test_corpus_parts_whole_files():
-    train, held_out = python_corpus()
+    train, held_out = corpus()
     assert len(train) > 100 and len(held_out) > 10
     assert not set(train) & set(held_out)
-    assert python_corpus()[1] == held_out, "the parting is the same in every process"
+    assert corpus()[1] == held_out, "the parting is the same in every process"
     assert all(bytes(as_tokens(file).tolist()) == file for file in held_out[:3])
+
+
+def test_corpus_of_ones_own_files(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"file {i}")
+    train, held_out = corpus(str(tmp_path / "*.txt"))
+    assert len(train) == 3 and len(held_out) == 1 and {*train, *held_out} == {b"file %d" % i for i in range(4)}
+    with pytest.raises(ValueError, match="names 1 files: one to train on and one to test are the least"):
+        corpus(str(tmp_path / "0*"))
+
+
+def test_confidence_interval():
+    # scipy.stats.t.interval(0.95, 2, 2, scipy.stats.sem([1, 2, 3])) = (-0.484, 4.484)
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(2.4841, abs=1e-3)
 
 
 def test_blocks_and_windows():
@@ -66,6 +81,7 @@ def study(tmp_path):
         "output_dir": str(tmp_path / "out"),
         "model": {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, **shape},
         "variants": {"FIRE": {}, "RoPE": {"position_bias": "none", "rope_parameters": {"rope_type": "default"}}},
+        "length": 16,
         "contexts": [16, 32],
         "num_windows": 3,
         "num_targets": 8,
@@ -103,17 +119,46 @@ def test_run_resume_and_result(study, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_an_unknown_variant_to_show_is_refused_before_training(study, tmp_path):
-    result = run({**study, "show": "FIER"}, tmp_path)
-    assert result.returncode == 2 and "'FIER', which is not among the variants: FIRE, RoPE" in result.stderr
+def test_another_variant_with_other_fields_in_the_test(study, tmp_path):
+    study["text"] = str(tmp_path / "*.txt")
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"Text number {i}, of some length. " * 20)
+    rope = {"rope_type": "linear", "factor": 2.0}
+    study["variants"] = {"PI": {"from": "RoPE", "rope_parameters": rope}, **study["variants"]}
+    study["seeds"] = [0, 1]
+    result = run(study, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "mean of 2 seeds with its 95% confidence interval" in result.stdout
+    out = tmp_path / "out"
+    assert {path.name for path in (out / "PI-seed1").iterdir()} == {"loss_by_context.json"}, "it is not trained"
+    means = json.loads((out / "results.json").read_text())["mean_loss"]
+    assert list(means) == ["FIRE", "PI", "RoPE"] and means["PI"]["32"] != means["RoPE"]["32"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"show": "FIER"}, "'FIER' is not among the variants that are trained: FIRE, RoPE"),
+        (
+            {"variants": {"FIRE": {}, "PI": {"from": "RoPE"}}},
+            "'RoPE' is not among the variants that are trained: FIRE",
+        ),
+        ({"lenght": 3}, "There is no field `lenght`. Known are output_dir, model"),
+    ],
+)
+def test_wrong_settings_are_refused_before_training(study, tmp_path, changes, message):
+    result = run({**study, **changes}, tmp_path)
+    assert result.returncode == 2 and message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", ["demo/demo.yaml", "defaults/study.yaml"])
+@pytest.mark.parametrize(
+    "path", ["demo/demo.yaml", "defaults/study.yaml", "compare/compare.yaml", "ablate/ablate.yaml"]
+)
 def test_shipped_studies_load(path):
     study = Study(**yaml.safe_load((ROOT / "recipes" / path).read_text()))
     for changes in study.variants.values():
-        fields = {name: value for name, value in changes.items() if not name.startswith("bias_")}
+        fields = {name: value for name, value in changes.items() if not name.startswith("bias_") and name != "from"}
         FireConfig(**{**study.model, **fields})
     TrainingArguments("unused", **study.training)
-    assert study.show in study.variants
+    assert min(study.contexts) >= study.num_targets
