@@ -1,5 +1,7 @@
-"""The `fire` command."""
+"""The `fire` command: options and help. What the commands do is in `conversion` and `evaluation.report`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +9,8 @@ from typing import Annotated
 import typer
 
 from . import conversion
+from .evaluation import report
+from .evaluation.passkey import NAMES
 
 
 app = typer.Typer(
@@ -14,9 +18,20 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def main() -> None:
-    """Keeps `convert` a command of its own while it is the only one."""
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with one line and exit status 1, where its input is at fault."""
+    try:
+        yield
+    except (conversion.ConversionError, report.EvaluationError) as error:
+        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class Rotation(str, Enum):
@@ -70,7 +85,7 @@ def convert(
     options = None
     if calibrate is not None:
         options = conversion.CalibrationOptions(calibrate, tokens=calibration_tokens, seed=seed)
-    try:
+    with one_line_errors():
         result = conversion.convert(
             source,
             out,
@@ -83,13 +98,116 @@ def convert(
             gguf_file=gguf_file,
             overwrite=overwrite,
         )
-    except conversion.ConversionError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
     if result.proof is not None:
         typer.echo(f"Proof: {result.proof}")
     if result.calibration is not None:
         typer.echo(f"Calibration: {result.calibration}")
+    typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of causal language models, FIRE or not.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="What they are to predict, from its beginning: a file (plain text, or jsonl, json, csv or parquet "
+            "with a column text), or a dataset (name or name:configuration)."
+        ),
+    ],
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="How much they see; may be repeated. [default: 1, 2, 4 and 8 times max_position_embeddings (or 512), "
+            "as far as the text goes]",
+        ),
+    ] = None,
+    targets: Annotated[
+        int, typer.Option(min=1, help="Tokens at the end of each window that count.")
+    ] = report.EvaluationOptions.num_targets,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows of the text, each as long as the longest context.")
+    ] = report.EvaluationOptions.num_windows,
+    sliding: Annotated[
+        bool, typer.Option("--sliding", help="Windows overlap, so that their targets are the text without gaps.")
+    ] = False,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Also all tokens of the windows, by position.")
+    ] = False,
+    passkey: Annotated[
+        bool, typer.Option("--passkey", help="Also how often they find a number that is hidden in a text.")
+    ] = False,
+    keys: Annotated[
+        int, typer.Option(min=1, max=len(NAMES), help="Numbers in that text; one is asked for.")
+    ] = report.EvaluationOptions.num_keys,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as they are stored.")] = Dtype.auto,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a model. FIRE needs none.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and plots. [default: none]")] = None,
+) -> None:
+    """
+    Measure how models get on with long contexts: perplexity of the same tokens, and retrieval.
+
+    All models have to cut the text into the same tokens; others are refused. Memory grows with the context no faster
+    than the models' own. A GPU is used if there is one.
+
+    \b
+    Example, a model and what became of it, at up to four times the length that it was trained on:
+        fire convert HuggingFaceTB/SmolLM2-135M smollm2-fire --calibrate sample
+        fire evaluate HuggingFaceTB/SmolLM2-135M smollm2-fire --text book.txt --windows 4 \\
+            --contexts 2048 --contexts 8192 --contexts 32768 --by-position --passkey --out evaluation
+    """
+    options = report.EvaluationOptions(
+        text,
+        contexts=contexts,
+        num_targets=targets,
+        num_windows=windows,
+        sliding=sliding,
+        by_position=by_position,
+        passkey=passkey,
+        num_keys=keys,
+        dtype=dtype.value,
+    )
+    with one_line_errors():
+        result = report.evaluate(models, options, out, trust_remote_code)
+    typer.echo(report.tables(result))
+    if out is not None:
+        typer.echo(f"\nWrote {out}")
+
+
+@app.command()
+def plot(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a FIRE model.")],
+    out: Annotated[Path, typer.Option(help="Folder for bias.png and attention.png.")],
+    positions: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Where queries stand; may be repeated. [default: at the ends of 1x and 4x max_position_embeddings]",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw how far back the queries look in a text: a file, or a dataset, as for evaluate. [default: none]"
+        ),
+    ] = None,
+) -> None:
+    """
+    Draw what a FIRE model learned about distance: its bias by head and layer, and where its attention goes.
+
+    \b
+    Example, with a model of your own:
+        fire plot outputs/mine --out outputs/mine/plots --positions 127 --positions 2047 --text book.txt
+    """
+    with one_line_errors():
+        scales = report.plot_model(model, out, positions, text)
+    if scales:
+        typer.echo(report.scales_table(scales))
     typer.echo(f"Wrote {out}")
 
 

@@ -1,13 +1,21 @@
 """The `fire` command."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
+from helpers import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.cli import app
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+from corpus import byte_tokenizer
 
 
 @pytest.fixture
@@ -30,7 +38,8 @@ def fire(*arguments):
 
 def test_help_lists_the_commands():
     result = fire("--help")
-    assert result.exit_code == 0 and "convert" in result.output
+    assert result.exit_code == 0
+    assert all(f"  {command} " in result.output for command in ("convert", "evaluate", "plot"))
 
 
 def test_help_of_convert_shows_a_complete_example():
@@ -83,3 +92,77 @@ def test_what_cannot_be_converted_is_one_line_and_exit_status_1(source, tmp_path
 def test_wrong_options_are_refused(source, tmp_path, wrong):
     result = fire("convert", source, tmp_path / "out", *wrong)
     assert result.exit_code == 2 and wrong[0] in result.output
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A FIRE and a LLaMA model in a folder with a text."""
+    shape = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=48, max_position_embeddings=256))
+    for name, model in (("fire", tiny_model(vocab_size=256, eos_token_id=None)), ("llama", llama)):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "text.txt").write_text("".join(f"{n} bottles hang on the wall.\n" for n in range(100)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plot"])
+def test_help_of_the_measures_shows_a_complete_example(command):
+    result = fire(command, "--help")
+    assert result.exit_code == 0
+    assert f"\n      fire {command} " in result.output and "--out" in result.output.split("Example, ")[1]
+
+
+def test_evaluate(models):
+    arguments = ["--contexts", 64, "--contexts", 512, "--targets", 32, "--windows", 4, "--by-position", "--passkey"]
+    text, out = models / "text.txt", models / "out"
+    result = fire("evaluate", models / "fire", models / "llama", "--text", text, *arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Perplexity of the same 4 x 32 tokens of text.txt, by context"
+    assert [line.split()[0] for line in lines[1:4]] == ["64", "fire", "llama"]
+    assert "Passkeys that llama finds, by depth and length" in lines and lines[-1] == f"Wrote {out}"
+    record = json.loads((out / "evaluation.json").read_text())
+    assert list(record["models"]) == ["fire", "llama"]
+    for figures in record["models"].values():
+        assert {context: len(losses) for context, losses in figures["loss_by_context"].items()} == {"64": 4, "512": 4}
+        assert list(figures["passkey"]) == ["512"], "64 tokens have no room for a key"
+    plots = ["passkey-fire.png", "passkey-llama.png", "perplexity.png", "position.png"]
+    assert sorted(path.name for path in out.glob("*.png")) == plots
+
+
+def test_plot(models):
+    out = models / "plots"
+    options = ["--out", out, "--positions", 20, "--positions", 99]
+    result = fire("plot", models / "fire", *options, "--text", models / "text.txt")
+    assert result.exit_code == 0, result.output
+    table = ["layer  c  L (tokens)", "0      1           7", "1      1           7", f"Wrote {out}"]
+    assert result.stdout.splitlines() == table
+    assert sorted(path.name for path in out.iterdir()) == ["attention.png", "bias.png"]
+
+
+def test_what_cannot_be_evaluated_or_drawn_is_one_line_and_exit_status_1(models):
+    text = ("--text", models / "text.txt")
+    (models / "empty.txt").write_text("")
+    (models / "broken").mkdir()
+    (models / "broken" / "config.json").write_text("{")
+    for arguments in (
+        ("evaluate", models / "fire", "--text", models / "missing.txt"),
+        ("evaluate", models / "fire", "--text", models / "empty.txt"),
+        ("evaluate", models / "fire", *text, "--contexts", 32),
+        ("evaluate", models / "fire", models / "fire", *text),
+        ("evaluate", models / "broken", *text),
+        ("evaluate", models / "no-such-model", *text),
+        ("plot", models / "llama", *text, "--out", models / "out", "--positions", 9),
+    ):
+        result = fire(*arguments)
+        assert result.exit_code == 1, arguments
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("Loading weights")]
+        assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    assert not (models / "out" / "bias.png").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--keys", "9"), ("--contexts", "0"), ("--dtype", "int8"), ()])
+def test_wrong_options_of_evaluate_are_refused(models, wrong):
+    result = fire("evaluate", models / "fire", *(("--text", "text.txt", *wrong) if wrong else ()))
+    assert result.exit_code == 2 and (wrong[0] if wrong else "--text") in result.output

@@ -21,6 +21,7 @@ NEEDLE = "The code of the {name} box is {code}. Remember: {code} opens the {name
 QUESTION = "Which code opens the {name} box? The code of the {name} box is"
 NAMES = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
 DIGITS = 5
+ANSWER_TOKENS = DIGITS + 2  # a digit may be a token of its own, after one of white space
 
 
 def passkey_prompt(
@@ -68,6 +69,15 @@ def passkey_prompt(
     return ids(low), str(codes[0])
 
 
+def has_room(tokenizer: PreTrainedTokenizerBase, length: int, num_keys: int) -> bool:
+    """Whether keys and question fill no more than half of so many tokens: less would hardly be a search."""
+    try:
+        passkey_prompt(tokenizer, length // 2, 0.5, num_keys, random.Random(0))
+    except ValueError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def passkey_accuracy(
     model: PreTrainedModel,
@@ -84,7 +94,7 @@ def passkey_accuracy(
     Args:
         model (`PreTrainedModel`): any causal language model of transformers.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        lengths (`Sequence[int]`): of the prompts, in tokens.
+        lengths (`Sequence[int]`): of prompt and answer, in tokens.
         depths (`Sequence[float]`, *optional*): where the code stands: 0 is the beginning, 1 the end.
         trials (`int`, *optional*, defaults to 10): prompts for each length and depth.
         num_keys (`int`, *optional*, defaults to 1): codes in a prompt, at most 8; one of them is asked for.
@@ -92,6 +102,9 @@ def passkey_accuracy(
 
     Returns:
         `dict[int, dict[float, float]]`: by length and depth.
+
+    Raises:
+        ValueError: if a length has no room for the keys.
     """
     was_training = model.training
     model.eval()
@@ -103,7 +116,7 @@ def passkey_accuracy(
             for depth in depths:
                 found = 0
                 for _ in range(trials):
-                    ids, code = passkey_prompt(tokenizer, length, depth, num_keys, generator)
+                    ids, code = passkey_prompt(tokenizer, length - ANSWER_TOKENS, depth, num_keys, generator)
                     found += continues(model, tokenizer, ids, code)
                     progress.update()
                 accuracies[length][depth] = found / trials
@@ -114,8 +127,7 @@ def passkey_accuracy(
 def continues(model: Any, tokenizer: Any, ids: list[int], code: str) -> bool:
     """Whether the model goes on with `code`."""
     prompt = torch.tensor([ids], device=model.device)
-    # A digit may be a token of its own, after one of white space.
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=len(code) + 2
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=ANSWER_TOKENS
     )
     return tokenizer.decode(output[0, len(ids) :]).strip().startswith(code)

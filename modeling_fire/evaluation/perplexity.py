@@ -1,4 +1,9 @@
-"""How well a causal language model predicts text, by the length of the context that it is given."""
+"""
+How well a causal language model predicts text: the same tokens by the length of their context, or every token of a
+long text by its position.
+"""
+
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -19,6 +24,12 @@ def loss_by_context(
     The targets are the last `num_targets` tokens of each window. With a context of `n` the model sees the `n` tokens
     before the last one, so that the first target has `n - num_targets + 1` tokens before it and the last has `n`. What
     differs between two contexts is thus only how far the model can look back, not what it has to predict.
+
+    Logits are computed for the targets alone, so that memory grows with the context no faster than the model's own.
+
+    Windows may overlap. With `tokens.unfold(0, context + 1, num_targets)` the targets of one window begin where those
+    of the last one end: perplexity by a sliding window, every token with at least `context - num_targets + 1` tokens
+    before it.
 
     Args:
         model (`PreTrainedModel`): any causal language model of transformers.
@@ -56,3 +67,67 @@ def loss_by_context(
                 progress.update(len(inputs))
     model.train(was_training)
     return losses
+
+
+@torch.no_grad()
+def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: int = 512) -> torch.Tensor:
+    """
+    The loss of every token of long texts, each predicted from all that come before it.
+
+    A window goes through the model in chunks, with a KV cache, and the logits of a chunk are gone before the next one:
+    memory is linear in the length, and the logits take no more than a chunk's.
+
+    Args:
+        model (`PreTrainedModel`): any causal language model of transformers that has a KV cache.
+        windows (`torch.LongTensor` of shape `(num_windows, length)`): token ids.
+        chunk_size (`int`, *optional*, defaults to 512): how many tokens one forward takes at the most.
+
+    Returns:
+        `torch.Tensor` of shape `(num_windows, length - 1)`: in nats, float32, on the CPU. Column `n` is the token that
+        has `n + 1` tokens before it.
+
+    Raises:
+        ValueError: if the model returns no KV cache.
+    """
+    was_training = model.training
+    model.eval()
+    losses = torch.empty(len(windows), windows.shape[1] - 1)
+    with tqdm(total=losses.numel(), desc="evaluating", unit="token", leave=False) as progress:
+        for window, loss in zip(windows.to(model.device), losses, strict=True):
+            cache: Any = None
+            chunks = zip(
+                window[:-1].split(chunk_size), window[1:].split(chunk_size), loss.split(chunk_size), strict=True
+            )
+            for inputs, labels, chunk_loss in chunks:
+                outputs = model(inputs[None], past_key_values=cache, use_cache=True)
+                cache = outputs.get("past_key_values")
+                if cache is None:
+                    raise ValueError(f"{type(model).__name__} returns no KV cache (`past_key_values`).")
+                chunk_loss.copy_(
+                    torch.nn.functional.cross_entropy(outputs.logits[0].float(), labels, reduction="none")
+                )
+                progress.update(len(inputs))
+    model.train(was_training)
+    return losses
+
+
+def bin_positions(losses: torch.Tensor, bins_per_doubling: int = 2) -> dict[int, list[float]]:
+    """
+    The losses of [`loss_by_position`] in bins whose width grows with the position.
+
+    Args:
+        losses (`torch.Tensor` of shape `(num_windows, positions)`): in column `n` those with `n + 1` tokens before.
+        bins_per_doubling (`int`, *optional*, defaults to 2): how many bins there are from one position to its double.
+
+    Returns:
+        `dict[int, list[float]]`: the mean loss of each window, by the fewest tokens that a token of the bin has before
+        it. Each bin ends where the next one begins, the last with the window.
+    """
+    num_positions = losses.shape[1]
+    edges = {round(2 ** (i / bins_per_doubling)) for i in range(num_positions.bit_length() * bins_per_doubling)}
+    # Not at the last position, which would be a bin of one token where windows are powers of two.
+    starts = sorted(edge for edge in edges if edge == 1 or edge < num_positions)
+    ends = [*starts[1:], num_positions + 1]
+    return {
+        start: losses[:, start - 1 : end - 1].mean(dim=1).tolist() for start, end in zip(starts, ends, strict=True)
+    }

@@ -2,16 +2,42 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..position_bias_fire import PositionBias
 from ..positions_fire import FirePositions
+from .attention import position_biases
+
+
+def mark_train_length(axes: Any, train_length: int) -> None:
+    """A dotted line at the length of the training texts."""
+    axes.axvline(train_length, color="gray", linestyle=":", linewidth=1.2)
+    axes.annotate(
+        "trained here",
+        (train_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -12),
+        textcoords="offset points",
+        color="gray",
+    )
+
+
+def finish_perplexities(axes: Any, xlabel: str, ylabel: str, title: str) -> None:
+    """What the plots of perplexities have in common: a logarithmic axis, labels, legend and grid."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
 
 
 def plot_perplexity_by_context(
-    losses: dict[str, dict[int, float]], path: str | os.PathLike, train_length: int, title: str = ""
+    losses: dict[str, dict[int, float]], path: str | os.PathLike, train_length: int | None = None, title: str = ""
 ) -> None:
     """
     Perplexity of several models against the length of their context, both on logarithmic axes.
@@ -19,7 +45,7 @@ def plot_perplexity_by_context(
     Args:
         losses (`dict[str, dict[int, float]]`): for each model the mean loss by context, in nats per token.
         path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
-        train_length (`int`): marked in the plot, in tokens.
+        train_length (`int`, *optional*): marked in the plot, in tokens.
         title (`str`, *optional*): above the plot.
     """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
@@ -30,25 +56,11 @@ def plot_perplexity_by_context(
         perplexities = [math.exp(loss) for loss in by_context.values()]
         axes.plot(list(by_context), perplexities, marker="o", label=name, linewidth=2.8 if name == "FIRE" else 1.6)
     contexts = sorted({context for by_context in losses.values() for context in by_context})
-    axes.axvline(train_length, color="gray", linestyle=":", linewidth=1.2)
-    axes.annotate(
-        "trained here",
-        (train_length, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -12),
-        textcoords="offset points",
-        color="gray",
-    )
+    if train_length is not None:
+        mark_train_length(axes, train_length)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
     axes.set_xticks(contexts, [str(context) for context in contexts])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("perplexity of the same tokens")
-    axes.set_title(title)
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    finish_perplexities(axes, "context length (tokens)", "perplexity of the same tokens", title)
     figure.savefig(path, dpi=150)
 
 
@@ -67,14 +79,99 @@ def plot_perplexity_by_tokens(losses: dict[str, dict[int, float]], path: str | o
     axes = figure.subplots()
     for name, by_tokens in losses.items():
         axes.plot(list(by_tokens), [math.exp(loss) for loss in by_tokens.values()], label=name, linewidth=1.6)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("perplexity")
+    finish_perplexities(axes, "tokens trained on", "perplexity", title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_perplexity_by_position(
+    losses: dict[str, dict[int, float]], path: str | os.PathLike, train_length: int | None = None, title: str = ""
+) -> None:
+    """
+    Perplexity of several models over the positions of a long text, both on logarithmic axes.
+
+    Args:
+        losses (`dict[str, dict[int, float]]`):
+            For each model the mean loss by position, as [`bin_positions`] names them, in nats per token.
+        path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
+        train_length (`int`, *optional*): marked in the plot, in tokens.
+        title (`str`, *optional*): above the plot.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, by_position in losses.items():
+        axes.plot(list(by_position), [math.exp(loss) for loss in by_position.values()], marker=".", label=name)
+    if train_length is not None:
+        mark_train_length(axes, train_length)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    finish_perplexities(axes, "tokens before the one that is predicted", "perplexity", title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_passkey(accuracies: dict[int, dict[float, float]], path: str | os.PathLike, title: str = "") -> None:
+    """
+    A heat map of the share of passkeys that a model finds, depths over lengths.
+
+    Args:
+        accuracies (`dict[int, dict[float, float]]`):
+            By length (tokens) and depth (0 is the beginning of the text, 1 its end), from 0 to 1. All lengths have the
+            same depths.
+        path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
+        title (`str`, *optional*): above the plot.
+    """
+    from matplotlib.figure import Figure
+
+    lengths, depths = list(accuracies), list(next(iter(accuracies.values())))
+    grid = [[accuracies[length][depth] for length in lengths] for depth in depths]
+    figure = Figure(figsize=(2.8 + 0.9 * len(lengths), 1.6 + 0.45 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for row, shares in enumerate(grid):
+        for column, share in enumerate(shares):
+            color = "white" if share < 0.6 else "black"
+            axes.text(column, row, f"{share:.0%}", color=color, ha="center", va="center")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("length of the text (tokens)")
+    axes.set_ylabel("depth of the key")
     axes.set_title(title)
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    figure.colorbar(image, ax=axes, label="found", format=lambda share, _: f"{share:.0%}")
+    figure.savefig(path, dpi=150)
+
+
+def plot_attention_by_distance(shares: dict[int, torch.Tensor], path: str | os.PathLike, title: str = "") -> None:
+    """
+    How far back every layer looks, a plot for each length of the text.
+
+    Args:
+        shares (`dict[int, torch.Tensor]`): by length in tokens, what [`attention_by_distance`] returns.
+        path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
+        title (`str`, *optional*): above the plots.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 4.2 * len(shares), 3.6), layout="constrained")
+    grid = figure.subplots(1, len(shares), squeeze=False, sharey="row")[0]
+    for (length, by_layer), axes in zip(shares.items(), grid, strict=True):
+        num_layers, num_bins = by_layer.shape
+        for layer, by_bin in enumerate(by_layer):
+            color = colormaps["viridis"](layer / max(1, num_layers - 1))
+            axes.plot(range(num_bins), by_bin, marker=".", color=color, label=f"layer {layer}")
+        labels = ["0", *(str(2**i) for i in range(num_bins - 1))]
+        axes.set_xticks(range(num_bins), [f"{label}–" if int(label) > 1 else label for label in labels], rotation=60)
+        axes.set_xlabel("distance (tokens), up to the next mark")
+        axes.set_title(f"the last of {length:,} tokens")
+        axes.grid(alpha=0.3)
+    grid[0].set_ylabel("share of the attention")
+    grid[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    # Of many layers the first and the last tell the order of the colours.
+    handles, names = grid[-1].get_legend_handles_labels()
+    shown = slice(None) if len(names) <= 8 else slice(None, None, len(names) - 1)
+    grid[-1].legend(handles[shown], names[shown], fontsize="x-small")
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
 
@@ -93,8 +190,7 @@ def plot_learned_bias(model: PreTrainedModel, path: str | os.PathLike, query_pos
     """
     from matplotlib.figure import Figure
 
-    # PEFT keeps what it trains beside the original.
-    biases = [m for name, m in model.named_modules() if isinstance(m, PositionBias) and "original_module" not in name]
+    biases = position_biases(model)
     if not biases:
         raise ValueError("The model has no position bias to plot (`position_bias='none'` in its config).")
 

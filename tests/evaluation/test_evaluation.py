@@ -1,4 +1,4 @@
-"""Loss by context counts the tokens that it says; plots draw what they are given."""
+"""Losses by context and by position count the tokens that they say; plots draw what they are given."""
 
 from unittest import mock
 
@@ -10,7 +10,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_fire import FireModel
-from modeling_fire.evaluation import loss_by_context, plot_learned_bias, plot_perplexity_by_context
+from modeling_fire.evaluation import (
+    bin_positions,
+    loss_by_context,
+    loss_by_position,
+    plot_attention_by_distance,
+    plot_learned_bias,
+    plot_passkey,
+    plot_perplexity_by_context,
+    plot_perplexity_by_position,
+)
 
 
 def llama():
@@ -40,6 +49,63 @@ def test_impossible_contexts_are_refused(contexts):
         loss_by_context(tiny_model(), random_ids(1, 33), contexts, num_targets=8)
 
 
+@torch.no_grad()
+def test_overlapping_windows_are_a_sliding_window():
+    model, tokens = tiny_model(), random_ids(61)
+    [losses] = loss_by_context(model, tokens.unfold(0, 21, 8), [20], num_targets=8).values()
+    counted = []
+    for start in range(0, 41, 8):
+        logits = model(tokens[None, start : start + 20]).logits[0, -8:]
+        counted += torch.nn.functional.cross_entropy(
+            logits, tokens[start + 13 : start + 21], reduction="none"
+        ).tolist()
+    assert len(counted) == 48, "all tokens from 13 on, once"
+    assert sum(losses) / len(losses) == pytest.approx(sum(counted) / 48, rel=1e-5)
+
+
+@pytest.mark.parametrize("build", [tiny_model, llama], ids=["fire", "llama"])
+@pytest.mark.parametrize("chunk_size", [7, 16, 100])
+@torch.no_grad()
+def test_loss_of_every_token_in_chunks_is_that_of_one_forward(build, chunk_size):
+    model = build().train()
+    windows = random_ids(3, 49)
+    losses = loss_by_position(model, windows, chunk_size)
+    assert model.training, "the mode is left as it was"
+    logits = model.eval()(windows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_never_there_for_more_than_a_chunk():
+    model, lengths = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    loss_by_position(model, random_ids(1, 50), chunk_size=16)
+    assert lengths == [16, 16, 16, 1]
+    lengths.clear()
+    loss_by_context(model, random_ids(1, 50), [40, 49], num_targets=8)
+    assert lengths == [8, 8]
+
+
+def test_a_model_without_a_cache_is_refused():
+    model = tiny_model()
+    with (
+        mock.patch.object(model, "forward", return_value={"logits": None}),
+        pytest.raises(ValueError, match="FireForCausalLM returns no KV cache"),
+    ):
+        loss_by_position(model, random_ids(1, 9))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 16, 100])
+def test_bins_part_the_positions(length):
+    bins = bin_positions(torch.arange(1.0, length + 1).expand(2, -1))
+    starts = list(bins)
+    assert starts[0] == 1
+    for start, end in zip(starts, [*starts[1:], length + 1], strict=True):
+        assert bins[start] == [(start + end - 1) / 2] * 2, "the mean of the positions from start to end"
+    if length == 100:
+        assert starts == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91]
+
+
 @pytest.mark.parametrize("changes", [{}, {"fire_share_layers": True}, {"position_bias": "t5"}], ids=str)
 def test_learned_bias_is_drawn(tmp_path, changes):
     plot_learned_bias(tiny_model(FireModel, **changes), tmp_path / "bias.png", [5, 50])
@@ -61,5 +127,38 @@ def test_a_model_without_a_bias_has_nothing_to_draw(tmp_path):
 
 def test_perplexity_is_drawn(tmp_path):
     losses = {"FIRE": {8: 1.0, 16: 1.1}, "RoPE": {8: 1.0, 16: 2.0}}
-    plot_perplexity_by_context(losses, tmp_path / "perplexity.png", train_length=8)
+    axes = drawn_axes(lambda: plot_perplexity_by_context(losses, tmp_path / "perplexity.png", train_length=8))[0]
+    assert [line.get_label() for line in axes.lines[:2]] == ["FIRE", "RoPE"] and len(axes.lines) == 3
     assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+    plot_perplexity_by_context(losses, tmp_path / "unmarked.png")
+
+
+def drawn_axes(draw):
+    """The axes of the figure that `draw` saves."""
+    with mock.patch("matplotlib.figure.Figure.savefig", autospec=True, side_effect=Figure.savefig) as savefig:
+        draw()
+    return savefig.call_args.args[0].axes
+
+
+def test_perplexity_by_position_is_drawn(tmp_path):
+    losses = {"FIRE": {1: 2.0, 2: 1.5, 4: 1.1}, "RoPE": {1: 2.0, 2: 1.5, 4: 3.0}}
+    axes = drawn_axes(lambda: plot_perplexity_by_position(losses, tmp_path / "position.png", train_length=2))[0]
+    assert list(axes.lines[1].get_ydata()) == pytest.approx([7.389056, 4.481689, 20.085537])
+    assert (tmp_path / "position.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_passkeys_are_a_heat_map_of_depth_over_length(tmp_path):
+    accuracies = {512: {0.0: 1.0, 1.0: 0.9}, 1024: {0.0: 0.2, 1.0: 0.8}, 2048: {0.0: 0.0, 1.0: 0.7}}
+    axes = drawn_axes(lambda: plot_passkey(accuracies, tmp_path / "passkey.png"))[0]
+    assert axes.images[0].get_array().tolist() == [[1.0, 0.2, 0.0], [0.9, 0.8, 0.7]]
+    assert [text.get_text() for text in axes.texts] == ["100%", "20%", "0%", "90%", "80%", "70%"]
+    assert (tmp_path / "passkey.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 30])
+def test_attention_by_distance_is_drawn(tmp_path, num_layers):
+    shares = {8: torch.full((num_layers, 4), 0.25), 9: torch.full((num_layers, 5), 0.2)}
+    axes = drawn_axes(lambda: plot_attention_by_distance(shares, tmp_path / "attention.png"))
+    assert [len(a.lines) for a in axes] == [num_layers] * 2
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["0", "1", "2–", "4–", "8–"]
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_fire.evaluation import passkey_accuracy
-from modeling_fire.evaluation.passkey import NAMES, passkey_prompt
+from modeling_fire.evaluation.passkey import NAMES, has_room, passkey_prompt
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -50,6 +50,13 @@ def test_a_text_without_room_is_refused():
         passkey_prompt(TOKENIZER, 100, 0.5, 1, random.Random(0))
 
 
+def test_there_is_room_where_half_of_the_text_is_filler():
+    shortest = next(length for length in range(2000) if has_room(TOKENIZER, length, num_keys=2))
+    assert 500 < shortest < 600
+    for seed in range(20):
+        passkey_prompt(TOKENIZER, shortest - 7, 0.5, 2, random.Random(seed))
+
+
 class Reader:
     """A model that sees only so many of the last tokens, and goes on with the code of the box that is asked for."""
 
@@ -57,6 +64,7 @@ class Reader:
 
     def __init__(self, sight):
         self.sight = sight
+        self.longest = 0
 
     def eval(self):
         return self
@@ -68,16 +76,19 @@ class Reader:
         found = text.rsplit("The code of the ", 1)[1].split()[0]
         _, _, after = text.partition(f"The code of the {found} box is ")
         answer = TOKENIZER(f" {after[:5]}. ").input_ids if after else [33] * 7
+        self.longest = max(self.longest, ids.shape[1] + kwargs["max_new_tokens"])
         return torch.cat((ids, torch.tensor([answer])), dim=1)[:, : ids.shape[1] + kwargs["max_new_tokens"]]
 
 
 def test_accuracy_counts_what_is_found():
-    accuracies = passkey_accuracy(Reader(sight=700), TOKENIZER, [500, 1000, 3000], [0.0, 0.5, 1.0], trials=3)
+    reader = Reader(sight=700)
+    accuracies = passkey_accuracy(reader, TOKENIZER, [500, 1000, 3000], [0.0, 0.5, 1.0], trials=3)
     assert accuracies == {
         500: {0.0: 1.0, 0.5: 1.0, 1.0: 1.0},
         1000: {0.0: 0.0, 0.5: 1.0, 1.0: 1.0},
         3000: {0.0: 0.0, 0.5: 0.0, 1.0: 1.0},
     }
+    assert 2900 < reader.longest <= 3000, "prompt and answer"
 
 
 def test_one_of_several_keys_is_asked_for():
