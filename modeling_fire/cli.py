@@ -58,6 +58,9 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="How much of the text.")
     ] = conversion.CalibrationOptions.tokens,
+    align: Annotated[
+        bool, typer.Option(help="Of the calibration: fit the bias, then align the layers. Or only fit it.")
+    ] = conversion.CalibrationOptions.align,
     seed: Annotated[int, typer.Option(help="Of the calibration.")] = 0,
     max_length: Annotated[
         int | None,
@@ -84,7 +87,7 @@ def convert(
     """
     options = None
     if calibrate is not None:
-        options = conversion.CalibrationOptions(calibrate, tokens=calibration_tokens, seed=seed)
+        options = conversion.CalibrationOptions(calibrate, calibration_tokens, align, seed)
     with one_line_errors():
         result = conversion.convert(
             source,

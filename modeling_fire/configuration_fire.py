@@ -66,7 +66,7 @@ class FireConfig(PreTrainedConfig):
             transformers' RoPE parameters (`rope_type`, `rope_theta`, `factor`, `partial_rotary_factor`, ...); the
             default is no rotation. Meant for comparisons and for retrofitting, beside or instead of a bias.
         rope_angle_scale (`float`, *optional*, defaults to 1.0):
-            Factor in [0, 1] on every rotation angle: 1 is RoPE, 0 rotates nothing. (YaRN's temperature is no angle.)
+            Factor in [0, 1] on every rotation angle: 1 is RoPE, 0 rotates nothing. YaRN's temperature goes with it.
 
     Example:
 

@@ -49,14 +49,19 @@ def build_norm(config: FireConfig) -> nn.Module:
 
 
 class FireRotaryEmbedding(GPTNeoXRotaryEmbedding):
-    """transformers' rotation, for part of a head if so configured, with every angle times `rope_angle_scale`."""
+    """
+    transformers' rotation, for part of a head if so configured, with every angle times `rope_angle_scale`. YaRN's
+    temperature goes with the angles: at 0 there is nothing left of either.
+    """
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float32)
-        angles = torch.cat((angles, angles), dim=-1) * self.config.rope_angle_scale
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        scale = self.config.rope_angle_scale
+        angles = torch.cat((angles, angles), dim=-1) * scale
+        temperature = 1.0 + (self.attention_scaling - 1.0) * scale
+        cos, sin = angles.cos() * temperature, angles.sin() * temperature
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 

@@ -20,8 +20,8 @@ class FireTrainer(Trainer):
     """
     transformers' Trainer with optimiser groups for the position bias, and with distillation from a teacher.
 
-    Trainer makes the optimiser as ever, so every `optim`, FSDP and DeepSpeed (as long as its own configuration names
-    no optimiser) work. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
+    Trainer makes the optimiser as ever, so that any `optim` that goes by groups will do, and FSDP and DeepSpeed too, as
+    long as DeepSpeed's own configuration names no optimiser. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
 
     Args:
         bias_lr_multiplier (`float`, *optional*, defaults to 1.0):
@@ -38,8 +38,8 @@ class FireTrainer(Trainer):
     The other arguments are those of `Trainer`.
 
     Raises:
-        ValueError: if teacher and student have vocabularies of different sizes, or if Trainer is asked for another
-            loss beside the teacher.
+        ValueError: with a teacher, if its vocabulary is of another size than the student's, if Trainer is asked for
+            another loss as well, or if one process has several GPUs.
     """
 
     def __init__(
@@ -66,6 +66,10 @@ class FireTrainer(Trainer):
             )
         if self.compute_loss_func is not None or self.label_smoother is not None:
             raise ValueError("With a `teacher` there is no `compute_loss_func` and no `label_smoothing_factor`.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "Distillation takes one process a GPU: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
+            )
         teacher.eval()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

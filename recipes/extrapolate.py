@@ -115,8 +115,10 @@ def jobs(study: Study) -> list[Job]:
     for seed in study.seeds:
         for variant, changes in study.variants.items():
             path = study.folder(variant, seed) / "loss_by_context.json"
-            run = partial(measure, study, windows, variant, seed)
-            result.append(Job(variant, seed, path, {**shared, "variant": changes}, run))
+            settings = {**shared, "variant": changes}
+            if "from" in changes:
+                settings["of"] = study.variants[changes["from"]]
+            result.append(Job(variant, seed, path, settings, partial(measure, study, windows, variant, seed)))
     return sorted(result, key=lambda job: "from" in study.variants[job.variant])
 
 

@@ -90,13 +90,13 @@ def mean_losses(losses: dict[str, dict[int, dict[int, float]]]) -> dict[str, dic
     }
 
 
-# Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on.
+# Student's t for a two-sided interval of 95%, by degrees of freedom from 1 on; the last for any more.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def half_interval(values: list[float]) -> float:
-    """Half the width of the 95% confidence interval of the mean of 2 to 10 values."""
-    return T_95[len(values) - 2] * stdev(values) / math.sqrt(len(values))
+    """Half the width of the 95% confidence interval of the mean of two or more values."""
+    return T_95[min(len(values), len(T_95) + 1) - 2] * stdev(values) / math.sqrt(len(values))
 
 
 def print_perplexities(

@@ -13,48 +13,29 @@ from typing import Any
 
 import torch
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
-from peft import LoraConfig, PeftModel, get_peft_model
-from settings import Retrofit, changed, settings_from_command_line
+from peft import PeftModel, get_peft_model
+from retrofit_plan import Plan
+from settings import Retrofit, changed, one_line_errors, settings_from_command_line
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainerState,
-    TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from windows import Windows, as_dataset, read_windows
+from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
-from modeling_fire.conversion import FAMILIES, CalibrationOptions, convert
+from modeling_fire.conversion import convert
 from modeling_fire.evaluation import loss_by_context
-from modeling_fire.training import FireTrainer, RotationAnnealing
+from modeling_fire.training import FireTrainer
 
 
 def retrofit(run: Retrofit) -> dict[str, Any]:
     """Does what is not done yet; returns the result, which is empty on all processes but the main one."""
     # 1. What is wrong with the settings or the text shows before any work.
-    output = Path(run.output_dir)
-    arguments = TrainingArguments(
-        **{"output_dir": str(output / "checkpoints"), "report_to": "none", "save_strategy": "no", **run.training}
-    )
-    lora = None
-    if run.heal.lora is not None:
-        lora = LoraConfig(**{"task_type": "CAUSAL_LM", "modules_to_save": ["position_bias"], **run.heal.lora})
-    tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
-    windows = windows_of(run, tokenizer)
-    windows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    if len(windows.train) < windows_per_step:
-        raise ValueError(
-            f"{run.data.text} has {len(windows.train)} training windows; one step takes {windows_per_step}."
-        )
-    calibrate = None
-    if run.model.calibrate is not None:
-        options = {"text": windows.train_texts, "seed": arguments.seed, **run.model.calibrate}
-        calibrate = CalibrationOptions(**options)
+    plan = Plan.of(run)
+    arguments, windows, output = plan.arguments, plan.windows, Path(run.output_dir)
     read_finished(output / "settings.json", run.settings)
 
     # 2. Convert and calibrate: once, while the other processes wait.
@@ -63,14 +44,13 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         if not converted.exists():
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "settings.json", {"settings": run.settings})
-            convert(run.model.source, converted, calibrate=calibrate, **run.source)
+            convert(run.model.source, converted, calibrate=plan.calibrate, **run.source)
 
     # 3. Heal, in float32; `training.bf16` computes in bfloat16.
     set_seed(arguments.seed)  # where LoRA starts
-    changes = config_changes(run)
-    model: Any = load(converted, changes)
-    if lora is not None:
-        model = get_peft_model(model, lora)
+    model: Any = load(converted, plan.changes)
+    if plan.lora is not None:
+        model = get_peft_model(model, plan.lora)
     distillation: dict[str, Any] = {}
     if run.heal.distill is not None:
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -86,7 +66,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         # The tokens and contexts that the training length is measured with in the end.
         eval_dataset=as_dataset(windows.held_out[:, -run.data.length - 1 :], run.evaluation.num_targets),
         data_collator=default_data_collator,
-        callbacks=None if run.heal.anneal is None else [RotationAnnealing(run.heal.anneal)],
+        callbacks=None if plan.annealing is None else [plan.annealing],
         bias_lr_multiplier=run.heal.bias_lr_multiplier,
         **distillation,
     )
@@ -96,15 +76,14 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         return {}
 
     # 4. Save in the type of the source, adapters merged, and measure what was saved.
-    if lora is None:
+    if plan.lora is None:
         model = load(output / "trained")
     else:
-        if run.heal.anneal is not None:
-            changes = {**changes, "rope_parameters": None}
+        changes = plan.changes if run.heal.anneal is None else {**plan.changes, "rope_parameters": None}
         model = PeftModel.from_pretrained(load(converted, changes), str(output / "trained")).merge_and_unload()
     unfinished = output / "model.unfinished"
     model.to(FireConfig.from_pretrained(converted).dtype).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    plan.tokenizer.save_pretrained(unfinished)
     shutil.rmtree(output / "model", ignore_errors=True)
     unfinished.rename(output / "model")
     shutil.rmtree(output / "trained")
@@ -113,26 +92,9 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         "loss": measure(run, model.to(arguments.device), windows),
         "train_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
         "eval_loss": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
-        "tokens_per_step": windows_per_step * run.data.length,
+        "tokens_per_step": plan.windows_per_step * run.data.length,
         "versions": versions(),
     }
-
-
-def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """The text of a run, tokenised."""
-    data, longest = run.data, max(run.evaluation.contexts) + 1
-    return read_windows(
-        data.text, tokenizer, data.length, data.held_out, longest, run.evaluation.num_windows, data.documents
-    )
-
-
-def config_changes(run: Retrofit) -> dict[str, Any]:
-    """What the config of the model to train differs in from that of the converted one, which has no rotation."""
-    if run.model.rotation == "drop" and run.heal.anneal is None:
-        return run.model.config
-    config = AutoConfig.from_pretrained(run.model.source, **run.source)
-    fields = FAMILIES[config.model_type].fire_fields(config)
-    return changed({"rope_parameters": fields["rope_parameters"]}, run.model.config)
 
 
 def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM:
@@ -161,7 +123,8 @@ def main() -> None:
     path = Path(run.output_dir) / "results.json"
     result = read_finished(path, run.settings)
     if result is None:
-        result = {"settings": run.settings, **retrofit(run)}
+        with one_line_errors():
+            result = {"settings": run.settings, **retrofit(run)}
         if "loss" not in result:
             return
         write_json(path, result)

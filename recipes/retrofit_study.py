@@ -16,8 +16,9 @@ from statistics import mean
 from typing import Any
 
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
-from retrofit import load, measure, retrofit, windows_of
-from settings import Retrofit, changed, read_fields, settings_from_command_line
+from retrofit import load, measure, retrofit
+from retrofit_plan import windows_of
+from settings import Retrofit, changed, one_line_errors, read_fields, settings_from_command_line
 from transformers import AutoTokenizer
 
 from modeling_fire.evaluation import plot_perplexity_by_context, plot_perplexity_by_tokens
@@ -41,6 +42,9 @@ class Study:
         for name in [self.control, *(changes["from"] for changes in self.variants.values() if "from" in changes)]:
             if name not in trained:
                 raise ValueError(f"{name!r} is not among the variants that are trained: {', '.join(trained)}.")
+        for name, changes in self.variants.items():
+            if "from" in changes and set(changes) != {"from", "config"}:
+                raise ValueError(f"{name!r} is not trained: it has `from` and `config`, and no other fields.")
 
     def folder(self, variant: str, seed: int) -> Path:
         return Path(self.output_dir) / f"{variant}-seed{seed}"
@@ -84,7 +88,8 @@ def loss_by_tokens(results: dict[int, dict[str, Any]]) -> dict[int, float]:
 
 def main() -> None:
     study = settings_from_command_line(Study, __doc__)
-    results = run_grid(study.jobs())
+    with one_line_errors():
+        results = run_grid(study.jobs())
     results = {variant: results[variant] for variant in study.variants}
     losses = losses_by_context(results)
     means = mean_losses(losses)

@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,9 +12,23 @@ from typing import Any, TypeVar
 import yaml
 
 from modeling_fire import FireConfig
+from modeling_fire.conversion import ConversionError
 
 
 Fields = TypeVar("Fields")
+
+
+class SettingsError(ValueError):
+    """Settings that are wrong, or do not fit the data. The message says what to change."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line where its input is at fault."""
+    try:
+        yield
+    except (SettingsError, ConversionError) as error:
+        raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
 
 
 def settings_from_command_line(fields_class: type[Fields], description: str) -> Fields:
@@ -24,7 +41,7 @@ def settings_from_command_line(fields_class: type[Fields], description: str) -> 
     parser.add_argument("changes", nargs="*", help="fields that differ from the YAML, as name=value")
     given = parser.parse_args()
     try:
-        settings = yaml.safe_load(given.settings.read_text())
+        settings = numbers(yaml.safe_load(given.settings.read_text()))
         return read_fields(fields_class, changed(settings, parse_changes(given.changes)))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
@@ -51,8 +68,17 @@ def parse_changes(arguments: list[str]) -> dict[str, Any]:
         name, equals, value = argument.partition("=")
         if not equals:
             raise ValueError(f"Changes have the form name=value, got {argument!r}.")
-        changes[name] = yaml.safe_load(value)
+        changes[name] = numbers(yaml.safe_load(value))
     return changes
+
+
+def numbers(value: Any) -> Any:
+    """`value` with texts like `1e-3` as numbers, which YAML takes for texts unless they have a point."""
+    if isinstance(value, dict):
+        return {name: numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [numbers(each) for each in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) else value
 
 
 def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str = "") -> Fields:
@@ -60,8 +86,10 @@ def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str =
     A dataclass of the values of a YAML; fields that are dataclasses are its blocks.
 
     Raises:
-        ValueError: if a field is unknown.
+        ValueError: if a field is unknown or missing.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"`{block.rstrip('.')}` has fields of its own, got {values!r}.")
     fields: dict[str, Any] = {each.name: each for each in dataclasses.fields(fields_class)}  # type: ignore[arg-type]
     read = {}
     for name, value in values.items():
@@ -69,6 +97,9 @@ def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str =
             raise ValueError(f"There is no field `{block}{name}`. Known are {', '.join(fields)}.")
         is_block = dataclasses.is_dataclass(fields[name].type)
         read[name] = read_fields(fields[name].type, value, f"{block}{name}.") if is_block else value
+    for name, each in fields.items():
+        if name not in read and each.default is each.default_factory is dataclasses.MISSING:
+            raise ValueError(f"The field `{block}{name}` is missing.")
     return fields_class(**read)
 
 
@@ -133,10 +164,12 @@ class Retrofit:
     heal: Heal = field(default_factory=Heal)
 
     def __post_init__(self):
+        if self.model.calibrate is not None and (self.model.rotation == "keep" or self.heal.anneal is not None):
+            raise ValueError("`model.calibrate` is for a rotation that is dropped at once: not kept, nor annealed.")
         contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
         if self.data.length not in contexts:
             raise ValueError(f"`data.length` ({self.data.length}) is not among `evaluation.contexts`: {contexts}.")
-        if min(contexts) < num_targets:
+        if not 1 <= num_targets <= min(contexts):
             raise ValueError(f"`evaluation.num_targets` ({num_targets}) do not fit into contexts of {contexts}.")
 
     @property

@@ -75,6 +75,7 @@ def test_convert_calibrates(source, tmp_path):
     assert "Calibration: perplexity at 16 tokens: original " in result.output and ", aligned " in result.output
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())["calibration"]
     assert (record["text"], record["tokens"], record["seed"]) == ("sample", 64, 3)
+    assert "aligned" not in fire("convert", source, tmp_path / "out1", *arguments, "--no-align").output
     result = fire("convert", source, tmp_path / "out2", "--calibrate", tmp_path / "missing.txt")
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and not (tmp_path / "out2").exists()
 

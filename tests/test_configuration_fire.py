@@ -390,8 +390,10 @@ def logits_of_scaled_angles(scale: float, rope: dict | None) -> torch.Tensor:
     return tiny_model(position_bias="none", rope_parameters=rope, rope_angle_scale=scale)(random_ids(2, LENGTH)).logits
 
 
-def test_a_scale_of_0_is_no_rotation():
-    assert torch.equal(logits_of_scaled_angles(0.0, dict(ROPE)), logits_of_scaled_angles(1.0, None))
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_a_scale_of_0_is_no_rotation(rope_type):
+    """YaRN has a temperature beside its angles, which goes with them: removing the rotation then changes nothing."""
+    assert torch.equal(logits_of_scaled_angles(0.0, dict(ROPES[rope_type])), logits_of_scaled_angles(1.0, None))
 
 
 def test_the_scale_of_the_angles_leaves_dynamic_scaling_to_the_true_length():

@@ -1,6 +1,7 @@
 """Trainer's additions for FIRE: optimiser groups, distillation and annealing of the rotation."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -122,11 +123,11 @@ def test_distillation_loss(tmp_path, weight):
     data = rows(4, masked=True)
     expected = expected_loss(student, teacher, data, weight)
     trainer = build_trainer(student, tmp_path, data, teacher=teacher, distillation_weight=weight, max_steps=1)
-    plain = trainer.evaluate(data)["eval_loss"]
     trainer.train()
     assert losses(trainer)[0] == pytest.approx(expected, rel=1e-5)
-    # Evaluation knows no teacher.
-    assert plain == pytest.approx(expected_loss(tiny_model(), teacher, data, 0.0), rel=1e-5)
+    # Evaluation knows no teacher, before training or after.
+    plain = expected_loss(trainer.model.eval(), teacher, data, 0.0)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(plain, rel=1e-5)
 
 
 def test_a_model_diverges_not_from_itself(tmp_path):
@@ -166,6 +167,8 @@ def test_a_teacher_that_cannot_be_imitated_is_refused(tmp_path):
         build_trainer(tiny_model(), tmp_path, teacher=tiny_model(), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="no `compute_loss_func`"):
         build_trainer(tiny_model(), tmp_path, teacher=tiny_model(), compute_loss_func=functional.cross_entropy)
+    with mock.patch.object(TrainingArguments, "n_gpu", 2), pytest.raises(ValueError, match="takes one process a GPU"):
+        build_trainer(tiny_model(), tmp_path, teacher=tiny_model())
 
 
 def scales_of(model) -> list[float]:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -146,8 +146,7 @@ def convert(
             raise ConversionError(f"The converted model is not the original: {proof}. Nothing was written.")
         calibration = None
         if calibrate is not None:
-            dtype: Any = model.config.dtype
-            calibration = calibrate_folder(staging, kept, calibrate, windows, dtype, max_shard_size)
+            calibration = calibrate_folder(staging, kept, calibrate, windows)
 
         record = Conversion(
             source=original.name,

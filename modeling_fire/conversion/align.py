@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..modeling_fire import FireAttention
+from ..modeling_fire import FireAttention, FireDecoderLayer
 from ..positions_fire import FirePositions
 
 
@@ -15,21 +15,21 @@ WARMUP_STEPS = 10
 
 
 def align(
-    attention: FireAttention,
+    layer: FireDecoderLayer,
     original: FireAttention,
-    inputs: torch.Tensor,
+    hidden_states: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     positions: FirePositions,
     batch_size: int,
     generator: torch.Generator,
 ) -> float:
     """
-    Trains queries, keys and `f` on the squared error of the layer's output, with Adam, for one pass over the inputs.
+    Trains queries, keys and `f` on the squared error of the attention's output, with Adam, in one pass over the text.
 
     Args:
-        attention ([`FireAttention`]): what learns, in place.
+        layer ([`FireDecoderLayer`]): whose attention learns, in place.
         original ([`FireAttention`]): what it imitates.
-        inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the original attends over.
+        hidden_states (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the original layer had.
         rotation (`tuple[torch.Tensor, torch.Tensor]`): for `original`.
         positions ([`FirePositions`]): of one window.
         batch_size (`int`): windows in a step.
@@ -38,6 +38,7 @@ def align(
     Returns:
         `float`: the squared error over that of an output of 0, mean of the last tenth of the steps.
     """
+    attention = layer.self_attn
     attention.requires_grad_(False)
     learning = attention.position_bias, attention.q_proj, attention.k_proj
     sizes = [module.weight.detach().square().mean().sqrt().item() for module in learning[1:]]
@@ -46,18 +47,20 @@ def align(
     for module in learning:
         module.requires_grad_(True)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    batches = torch.randperm(len(inputs), generator=generator).split(batch_size)
+    batches = torch.randperm(len(hidden_states), generator=generator).split(batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / len(batches))) / 2,
     )
     errors = []
     for batch in batches:
-        hidden_states = inputs[batch].to(positions.query.device)
         with torch.no_grad():
-            wanted, _ = original(hidden_states, positions=positions, position_embeddings=rotation)
-        output, _ = attention(hidden_states, positions=positions)
-        error = (output - wanted).square().mean() / wanted.square().mean()
+            inputs = layer.input_layernorm(hidden_states[batch].to(positions.query.device))
+            wanted, _ = original(inputs, positions=positions, position_embeddings=rotation)
+        output, _ = attention(inputs, positions=positions)
+        # A layer may give 0, as those do that were added to deepen a model.
+        size = wanted.square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
+        error = (output - wanted).square().mean() / size
         optimizer.zero_grad()
         error.backward()
         optimizer.step()

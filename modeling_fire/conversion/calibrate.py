@@ -24,7 +24,7 @@ from .align import align
 from .family import ConversionError
 from .fit import fit
 from .text import read_texts, sampled_windows, token_windows
-from .weights import HEAD, write_shards
+from .weights import replace_weights
 
 
 # Tokens that go through a layer at once: what a step of the alignment sees.
@@ -34,6 +34,8 @@ MAX_LENGTH = 2048
 # Windows that `fit` looks at. It has few parameters.
 FIT_WINDOWS = 16
 HELD_OUT_WINDOWS = 16
+# Bytes that the KV cache may take while text is sampled, and texts that are sampled at once.
+SAMPLE_BYTES, MAX_SAMPLE_BATCH = 2**33, 64
 SAMPLE = "sample"
 
 
@@ -47,7 +49,7 @@ class CalibrationOptions:
             A file (plain text, or jsonl, json, csv or parquet with a column `text`), the name of a dataset (its
             configuration after a colon), the documents themselves, or `"sample"`: what the model writes.
         tokens (`int`, *optional*, defaults to 307200):
-            How many of the text to calibrate on, at most; each layer sees each of them once.
+            How many of the text to calibrate on, at most. The alignment of a layer sees each of them once.
         align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
         seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
     """
@@ -69,8 +71,8 @@ class Calibration:
         length (`int`): tokens in a window of it.
         seed (`int`): see [`CalibrationOptions`].
         perplexity (`dict[str, float]`):
-            Of held-out text of that length: `"original"`, `"dropped"` (neither rotation nor bias), `"fitted"`, and
-            `"aligned"` if asked for.
+            Of the second half of held-out windows of that length, computed in float32: `"original"`, `"dropped"`
+            (neither rotation nor bias), `"fitted"`, and `"aligned"` if asked for.
     """
 
     text: str
@@ -99,6 +101,8 @@ def calibration_windows(
         `torch.LongTensor` of shape `(windows, length + 1)`, or `None` for text that is still to be sampled.
     """
     length = window_length(config)
+    if length < 2:
+        raise ConversionError("`max_length` must be at least 2 to calibrate.")
     count = options.tokens // length
     if count < 1:
         raise ConversionError(f"`tokens={options.tokens}` is less than one window of {length} tokens.")
@@ -117,39 +121,46 @@ def calibrate_folder(
     config: FireConfig,
     options: CalibrationOptions,
     windows: torch.Tensor | None,
-    dtype: torch.dtype,
-    max_shard_size: int,
 ) -> Calibration:
     """
-    Calibrates a converted model where it lies, on a GPU if there is one, in float32.
+    Calibrates a converted model where it lies, on a GPU if there is one, in float32: memory holds the whole model, its
+    queries and keys once more, and the hidden states of the text.
 
     Args:
         folder (`Path`): of the model, whose weights are replaced.
         config ([`FireConfig`]): with the rotation.
         options ([`CalibrationOptions`]): how.
         windows (`torch.LongTensor` of shape `(windows, length + 1)`, *optional*): of [`calibration_windows`].
-        dtype (`torch.dtype`): of the weights to write. The bias stays in float32.
-        max_shard_size (`int`): bytes in a file of weights.
+
+    Raises:
+        [`ConversionError`]: if it went wrong.
     """
     model: Any = FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if windows is None:
         length = window_length(config)
         count = options.tokens // length + HELD_OUT_WINDOWS
-        windows = sampled_windows(model, length + 1, count, options.seed, batch_size=64)
+        cached = (
+            8 * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        )  # float32, K and V
+        batch_size = min(max(1, SAMPLE_BYTES // cached), MAX_SAMPLE_BATCH)
+        windows = sampled_windows(model, length + 1, count, options.seed, batch_size)
     # Of a text that is too short half is held out.
     count = min(options.tokens // window_length(config), max(len(windows) - HELD_OUT_WINDOWS, len(windows) // 2))
     text = windows[:count, :-1]
     perplexity = calibrate(model, text, windows[count:], do_align=options.align, seed=options.seed)
-    model.to(dtype)
-    weights = model.state_dict()
-    if config.tie_word_embeddings:
-        del weights[HEAD]
-    write_shards(weights.items(), folder, max_shard_size)
-    name = "texts given"
-    if isinstance(options.text, str):  # of a file its name: what is published says nothing of this machine
-        name = Path(options.text).name if Path(options.text).is_file() else options.text
-    return Calibration(name, text.numel(), text.shape[1], options.seed, perplexity)
+    if not all(math.isfinite(value) for value in perplexity.values()):
+        raise ConversionError(f"The calibration failed: perplexities {perplexity}. Nothing was written.")
+    replace_weights(folder, model.state_dict())
+    return Calibration(public_name(options.text), text.numel(), text.shape[1], options.seed, perplexity)
+
+
+def public_name(text: str | Sequence[str]) -> str:
+    """What may be said of a text to calibrate on: of a file or a folder its name, and nothing of this machine."""
+    if not isinstance(text, str):
+        return "texts given"
+    name, colon, configuration = text.partition(":")
+    return f"{Path(name).resolve().name}{colon}{configuration}" if Path(name).exists() else text
 
 
 def calibrate(
@@ -185,28 +196,30 @@ def calibrate(
     measured["dropped"] = perplexity()
 
     def walk(some: torch.Tensor, description: str) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
-        return original_inputs(model, originals, some, rotation, positions, batch_size, description)
+        return original_states(model, originals, some, rotation, positions, batch_size, description)
 
-    for layer, _, inputs in walk(windows[:FIT_WINDOWS], "Fitting"):
-        fit(layer.self_attn, inputs.to(model.device), rotation, positions)
+    for layer, _, hidden_states in walk(windows[:FIT_WINDOWS], "Fitting"):
+        fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, positions)
     measured["fitted"] = perplexity()
     if do_align:
         generator = torch.Generator().manual_seed(seed)
-        for layer, original, inputs in walk(windows, "Aligning"):
-            align(layer.self_attn, original, inputs, rotation, positions, batch_size, generator)
+        for layer, original, hidden_states in walk(windows, "Aligning"):
+            align(layer, original, hidden_states, rotation, positions, batch_size, generator)
         measured["aligned"] = perplexity()
     return measured
 
 
 def original_attention(layer: FireDecoderLayer) -> FireAttention:
-    """A copy that stays as it is, without the bias (which is 0)."""
-    attention = deepcopy(layer.self_attn).requires_grad_(False)
-    attention.position_bias = None
-    return attention
+    """A copy of what changes, queries and keys. The rest is shared; there is no bias, which is 0."""
+    attention = layer.self_attn
+    shared = (attention.v_proj, attention.o_proj, attention.config, attention.position_bias)
+    original = deepcopy(attention, {id(part): part for part in shared})
+    original.position_bias = None
+    return original
 
 
 @torch.no_grad()
-def original_inputs(
+def original_states(
     model: FireForCausalLM,
     originals: list[FireAttention],
     windows: torch.Tensor,
@@ -216,16 +229,17 @@ def original_inputs(
     description: str,
 ) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
     """
-    Walks through the layers: each with its original attention, and what that attends over, on the CPU. The layer's
-    own attention may be changed meanwhile.
+    Walks through the layers: each with its original attention and the hidden states that it was given, on the CPU. The
+    layer's own attention may be changed meanwhile.
     """
     device = model.device
-    hidden_states = [model.model.embed_tokens(batch.to(device)).cpu() for batch in windows.split(batch_size)]
+    hidden_states = torch.cat(
+        [model.model.embed_tokens(batch.to(device)).cpu() for batch in windows.split(batch_size)]
+    )
     layers = logging.tqdm(list(zip(model.model.layers, originals, strict=True)), desc=description, unit=" layers")
     for layer, original in layers:
-        yield layer, original, torch.cat([layer.input_layernorm(batch.to(device)).cpu() for batch in hidden_states])
+        yield layer, original, hidden_states
         changed, layer.self_attn = layer.self_attn, original
-        hidden_states = [
-            layer(batch.to(device), positions=positions, position_embeddings=rotation).cpu() for batch in hidden_states
-        ]
+        for batch in hidden_states.split(batch_size):
+            batch.copy_(layer(batch.to(device), positions=positions, position_embeddings=rotation))
         layer.self_attn = changed

@@ -42,7 +42,7 @@ def fit(
 
     Args:
         attention ([`FireAttention`]): as the original has it, with an `f` of 0. Changed in place.
-        inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the layer attends over.
+        inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the attention of the original is given.
         rotation (`tuple[torch.Tensor, torch.Tensor]`): cosine and sine, each of shape `(1, length, rotated dims)`.
         positions ([`FirePositions`]): of one window.
 
@@ -50,8 +50,8 @@ def fit(
         `torch.Tensor` of shape `(num_heads,)`: the mean divergence of each head, in nats.
     """
     bias: Any = attention.position_bias
-    query, key, _ = attention.project(inputs)
-    rotated_query, rotated_key, _ = attention.project(inputs, rotation)
+    query, key = attention.project(inputs)[:2]
+    rotated_query, rotated_key = attention.project(inputs, rotation)[:2]
     length = inputs.shape[1]
     rows = torch.linspace(0, length - 1, min(QUERIES, length), device=inputs.device).round().long()
     query, rotated_query = query[:, :, rows] * attention.scaling, rotated_query[:, :, rows] * attention.scaling
@@ -73,6 +73,7 @@ def fit(
         windows = []
         for window in range(len(inputs)):
             q, k = query[window, head], key[window, shared]
+            k = k - k.mean(0)  # shifts all scores of a query alike, which changes nothing but digits lost
             fixed = q[:, rotated:] @ k[:, rotated:].T
             target = rotated_query[window, head] @ rotated_key[window, shared].T
             features = torch.cat((hinges, *turned_products(q[:, :rotated], k[:, :rotated])), dim=-1)

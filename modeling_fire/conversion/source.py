@@ -78,7 +78,7 @@ class Source:
                 snapshot_download(self.name, revision=self.revision, allow_patterns=list(patterns))
                 if any(self.folder.glob(patterns[0])) or any(self.folder.glob(patterns[2])):
                     break
-        return find_shards(self.folder)
+        return list(find_shards(self.folder))
 
     def model(self) -> torch.nn.Module:
         """The original model in float32."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,6 +15,8 @@ from .family import ConversionError
 
 
 COLUMN = "text"
+# Of a token, on the average; ten times what is usual.
+MAX_CHARACTERS = 50
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -41,25 +43,29 @@ def read_texts(source: str | Sequence[str]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ConversionError(f"{source} is not text in UTF-8: {error}.") from error
         return
-    if not path.is_file() and path.suffix in (".txt", *FORMATS):
-        raise ConversionError(f"There is no file {source}.")
+    if not source or (not path.is_file() and path.suffix in (".txt", *FORMATS)):
+        raise ConversionError(f"There is no file {source!r}.")
     try:
         if path.is_file():
             rows = load_dataset(FORMATS[path.suffix], data_files=source, split="train", streaming=True)
         else:
             name, _, configuration = source.partition(":")
             rows = load_dataset(name, configuration or None, split="train", streaming=True)
-    except (DatasetNotFoundError, HFValidationError, OSError, ValueError) as error:
-        raise ConversionError(f"{source} is no file, and cannot be read as a dataset: {error}") from error
-    for row in rows:
-        if COLUMN not in row:
-            raise ConversionError(f"{source} has no column {COLUMN!r}, but {', '.join(row)}.")
-        yield row[COLUMN]
+        for row in rows:
+            if not isinstance(row.get(COLUMN), str):
+                raise ConversionError(f"{source} has a row without a text in its column {COLUMN!r}: {row}.")
+            yield row[COLUMN]
+    except ConversionError:
+        raise
+    # What `datasets` raises for what is missing, broken, empty, or no dataset.
+    except (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, ValueError) as error:
+        raise ConversionError(f"{source} cannot be read as a file or a dataset: {error}") from error
 
 
 def token_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> torch.Tensor:
     """
-    All documents in a row, each with the special tokens that the tokenizer gives it, cut into windows.
+    All documents in a row, cut into windows. Each has the special tokens that the tokenizer gives it, and if those
+    mark neither its beginning nor its end, an `eos_token` after it.
 
     Args:
         texts (`Iterable[str]`): documents; no more are read than are needed.
@@ -70,9 +76,15 @@ def token_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, leng
     Returns:
         `torch.LongTensor` of shape `(windows, length)`.
     """
+    marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
     tokens: list[int] = []
     for text in texts:
-        tokens += tokenizer(text, verbose=False).input_ids  # not verbose: it would warn of a long text
+        # Of a text much longer than what is left to read, the rest need not be looked at.
+        text = text[: MAX_CHARACTERS * (length * count - len(tokens))]
+        ids = tokenizer(text, verbose=False).input_ids  # not verbose: it would warn of a long text
+        if ids and not marks & {ids[0], ids[-1]} and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        tokens += ids
         if len(tokens) >= length * count:
             break
     windows = min(count, len(tokens) // length)

@@ -25,7 +25,7 @@ Shard = Path | Mapping[str, torch.Tensor]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_shards(folder: Path) -> list[Shard]:
+def find_shards(folder: Path) -> list[Path]:
     """The weight files of a checkpoint, safetensors if there are any. Raises [`ConversionError`] if one is missing."""
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).exists():
@@ -191,3 +191,18 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def replace_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """
+    Gives tensors of a safetensors checkpoint other values, in the files and the types that they have.
+
+    Args:
+        folder (`Path`): of the checkpoint.
+        weights (`Mapping[str, torch.Tensor]`): by name; those that the checkpoint does not store are left out.
+    """
+    for shard in find_shards(folder):
+        tensors = {name: weights.get(name, old).to("cpu", old.dtype).contiguous() for name, old in read(shard)}
+        temporary = shard.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(shard)

@@ -55,7 +55,7 @@ def loss_by_context(
     targets = windows[:, -num_targets:]
     losses: dict[int, list[float]] = {}
     with tqdm(total=len(contexts) * len(windows), desc="evaluating", unit="window", leave=False) as progress:
-        for context in contexts:
+        for context in sorted(contexts):  # ascending: dynamic NTK does not forget the longest text it has seen
             losses[context] = []
             batch_size = max(1, tokens_per_batch // context)
             for inputs, labels in zip(windows.split(batch_size), targets.split(batch_size), strict=True):
@@ -66,7 +66,7 @@ def loss_by_context(
                 losses[context] += loss.view_as(labels).mean(dim=1).tolist()
                 progress.update(len(inputs))
     model.train(was_training)
-    return losses
+    return {context: losses[context] for context in contexts}
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Calibration: the fit against plain autograd, the alignment, the texts, and the whole of it through `convert`."""
 
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
 from modeling_fire.conversion.align import align
-from modeling_fire.conversion.calibrate import calibrate, original_attention, original_inputs
+from modeling_fire.conversion.calibrate import calibrate, original_attention, original_states, public_name
 from modeling_fire.conversion.fit import RIDGE, fit, minimise
 from modeling_fire.conversion.text import read_texts, sampled_windows, token_windows
+from modeling_fire.evaluation import loss_by_context
 from modeling_fire.positions_fire import FirePositions
 
 
@@ -118,45 +121,49 @@ def test_newton_finds_the_minimum():
     )
 
 
+def alignment(model, copies=1, windows=64):
+    """Aligns a copy of the first layer; returns it, its original, and the error."""
+    ids = torch.randint(3, 99, (windows, LENGTH), generator=torch.Generator().manual_seed(1)).repeat(copies, 1)
+    positions = FirePositions.arange(LENGTH)
+    rotation = model.model.rotary_emb(next(model.parameters()), position_ids=positions.absolute)
+    layer = deepcopy(model.model.layers[0])
+    original = original_attention(layer)
+    hidden_states = model.model.embed_tokens(ids).detach()
+    error = align(layer, original, hidden_states, rotation, positions, 4, torch.Generator().manual_seed(0))
+    return layer, original, error
+
+
 def test_alignment_learns_in_place_and_leaves_the_original(kept):
-    attention, original, inputs, rotation, positions = layer_problem(kept(checkpoints.llama()), windows=64)
-    before = deepcopy(original.state_dict()), deepcopy(attention.state_dict())
-
-    def aligned_error(copies):
-        learner = deepcopy(attention)
-        return learner, align(
-            learner, original, inputs.repeat(copies, 1, 1), rotation, positions, 4, torch.Generator().manual_seed(0)
-        )
-
-    assert aligned_error(8)[1] < 0.7 * aligned_error(1)[1], "more text, less error"
-    learner, _ = aligned_error(1)
+    model = kept(checkpoints.llama())
+    layer, original, error = alignment(model)
+    assert alignment(model, copies=8)[2] < 0.7 * error, "more text, less error"
+    before = model.model.layers[0].state_dict()
+    changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[1] for name in changed} == {"q_proj", "k_proj", "position_bias"}
     for name, value in original.state_dict().items():
-        assert torch.equal(value, before[0][name]), name
-    changed = {name for name, value in learner.state_dict().items() if not torch.equal(value, before[1][name])}
-    assert {name.split(".")[0] for name in changed} == {"q_proj", "k_proj", "position_bias"}
+        assert torch.equal(value, before[f"self_attn.{name}"]), name
+    assert original.v_proj is layer.self_attn.v_proj, "shared: copies of all layers exist at once"
+
+
+def test_a_layer_that_gives_nothing_stays_finite(kept):
+    model = kept(checkpoints.llama())
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    layer, _, error = alignment(model)
+    assert error == 0 and all(value.isfinite().all() for value in layer.state_dict().values())
 
 
 @torch.no_grad()
 def test_the_walk_gives_each_layer_what_it_had_in_the_original(kept):
     model = kept(checkpoints.gpt_neox())
     ids = torch.randint(3, 99, (5, LENGTH))
-    wanted = []
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: wanted.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    model(ids)
-    for layer in model.model.layers:
-        layer.self_attn._forward_pre_hooks.clear()
-        layer.self_attn._forward_pre_hooks_with_kwargs.clear()
+    wanted = model(ids, output_hidden_states=True).hidden_states
     positions = FirePositions.arange(LENGTH)
     rotation = model.model.rotary_emb(next(model.parameters()), position_ids=positions.absolute)
     originals = [original_attention(layer) for layer in model.model.layers]
-    for i, (layer, original, inputs) in enumerate(
-        original_inputs(model, originals, ids, rotation, positions, 2, "Walking")
-    ):
+    walk = original_states(model, originals, ids, rotation, positions, 2, "Walking")
+    for i, (layer, original, hidden_states) in enumerate(walk):
         assert original is originals[i] and layer is model.model.layers[i]
-        torch.testing.assert_close(inputs, wanted[i], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden_states, wanted[i], atol=1e-5, rtol=1e-5)
         layer.self_attn.q_proj.weight.zero_()  # what is done to a layer does not reach the next
 
 
@@ -175,6 +182,13 @@ def test_calibration_removes_the_rotation_and_nears_the_original(kept):
     assert list(calibrate(fitted, ids[20:, :-1], ids[:20], do_align=False)) == ["original", "dropped", "fitted"]
     measured = calibrate(model, ids[20:, :-1], ids[:20])
     assert list(measured) == ["original", "dropped", "fitted", "aligned"]
+    for name, measured_model in {"original": teacher, "dropped": dropped, "aligned": model}.items():
+        losses = loss_by_context(measured_model, ids[:20], [LENGTH], num_targets=LENGTH // 2)[LENGTH]
+        assert measured[name] == pytest.approx(math.exp(sum(losses) / 20)), "measured on what is held out"
+    other = deepcopy(teacher)
+    calibrate(other, ids[20:, :-1], ids[:20], seed=1)
+    weights = (m.model.layers[0].self_attn.q_proj.weight for m in (model, other))
+    assert not torch.equal(*weights), "the seed is that of the order"
     assert model.config.rope_parameters is None and model.model.rotary_emb is None
     # What alignment adds shows with weights that are not random: in the last test of this file.
     assert distance(fitted) < 0.9 * distance(dropped) and distance(model) < 0.9 * distance(dropped)
@@ -216,21 +230,44 @@ def test_convert_calibrates_and_says_so(source, tmp_path):
         assert torch.equal(value, calibrated[name]), "the same for the same seed"
 
 
-def test_calibrated_weights_keep_their_types_shards_and_ties(tmp_path):
+@pytest.mark.parametrize("said", ["bfloat16", "float32", None])
+@pytest.mark.parametrize("shard_size", [20_000, 100_000, 10**9])
+def test_calibrated_weights_keep_their_types_shards_and_ties(tmp_path, said, shard_size):
     checkpoints.llama(tie_word_embeddings=True).bfloat16().save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    checkpoints.save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "dropped", max_shard_size=shard_size, verify=False)
+    options = CalibrationOptions([TEXT], tokens=100, align=False)
+    conversion = convert(
+        tmp_path / "source", tmp_path / "out", calibrate=options, max_shard_size=shard_size, verify=False
+    )
+    assert list(conversion.calibration.perplexity) == ["original", "dropped", "fitted"]
+    dropped, out = ({path.name: path for path in (tmp_path / name).glob("*")} for name in ("dropped", "out"))
+    assert set(dropped) == set(out)
+    for name in out:
+        if name.endswith(".safetensors"):
+            before, after = load_file(dropped[name]), load_file(out[name])
+            assert {key: value.dtype for key, value in before.items()} == {k: v.dtype for k, v in after.items()}
+            changed = {key.split(".")[4] for key in before if not torch.equal(before[key], after[key])}
+            assert changed <= {"q_proj", "position_bias"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.model.layers[0].self_attn.position_bias.mlp[2].weight.abs().max() > 0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_text_needs_a_tokenizer_and_a_calibration_finite_figures(tmp_path):
+    model = checkpoints.llama()
+    model.save_pretrained(tmp_path / "source")
     options = CalibrationOptions([TEXT], tokens=100, align=False)
     with pytest.raises(ConversionError, match="no tokenizer for the text to calibrate on: use 'sample'"):
         convert(tmp_path / "source", tmp_path / "out", calibrate=options)
     checkpoints.save_tokenizer(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "out", calibrate=options, max_shard_size=20_000)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
-    assert model.model.layers[0].self_attn.position_bias.mlp[2].weight.dtype == torch.float32
-    assert model.model.layers[0].self_attn.position_bias.mlp[2].weight.abs().max() > 0
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    original = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight)
+    model.lm_head.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ConversionError, match=r"The calibration failed: perplexities .* Nothing was written"):
+        convert(tmp_path / "source", tmp_path / "out", calibrate=options, verify=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_text_sampled_from_the_model_itself(tmp_path):
@@ -245,7 +282,8 @@ def test_text_sampled_from_the_model_itself(tmp_path):
     [
         (["short"], {}, "less than two windows of 33 tokens: use more"),
         ([TEXT], {"tokens": 31}, "`tokens=31` is less than one window of 32 tokens"),
-        ("nowhere.txt", {}, "There is no file nowhere.txt"),
+        ("nowhere.txt", {}, "There is no file 'nowhere.txt'"),
+        ("", {}, "There is no file ''"),
     ],
 )
 def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(source, tmp_path, text, changes, message):
@@ -278,12 +316,18 @@ def test_texts_from_files(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
     assert list(read_texts(str(tmp_path / "dataset"))) == documents
     assert list(read_texts(f"{tmp_path / 'dataset'}:default")) == documents
-    with pytest.raises(ConversionError, match="cannot be read as a dataset"):
+    with pytest.raises(ConversionError, match="cannot be read as a file or a dataset"):
         list(read_texts(f"{tmp_path / 'dataset'}:nonesuch"))
     assert list(read_texts(documents)) == documents
-    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(ConversionError, match="has no column 'text', but body"):
-        list(read_texts(str(tmp_path / "b.jsonl")))
+    for name, content, message in (
+        ("b", '{"body": "x"}', "a row without a text in its column 'text': {'body': 'x'}"),
+        ("c", '{"text": null}', "a row without a text in its column 'text': {'text': None}"),
+        ("d", '{"text": "whole"}\n{"text": "bro', "cannot be read as a file or a dataset"),
+        ("e", "", "cannot be read as a file or a dataset"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+        with pytest.raises(ConversionError, match=message):
+            list(read_texts(str(tmp_path / f"{name}.jsonl")))
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConversionError, match="is not text in UTF-8"):
         list(read_texts(str(tmp_path / "b.txt")))
@@ -299,9 +343,22 @@ def test_windows_are_the_documents_in_a_row(tmp_path):
             yield text
 
     windows = token_windows(documents(), tokenizer, 4, 2)
-    assert tokenizer.convert_ids_to_tokens(windows.flatten().tolist()) == list("A fireneeds")[:8]
+    # The tokenizer marks neither beginning nor end.
+    assert tokenizer.convert_ids_to_tokens(windows.flatten().tolist()) == [*"A fire", "</s>", "n"]
     assert read == ["A fire", "needs"], "no more is read than is needed"
     assert token_windows(["A fire"], tokenizer, 4, 9).shape == (1, 4)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $0", special_tokens=[("<s>", 1)])
+    windows = token_windows(["A", "fire", "", "x"], tokenizer, 9, 1)
+    assert tokenizer.convert_ids_to_tokens(windows[0].tolist()) == ["<s>", "A", "<s>", *"fire", "<s>", "<s>"]
+    assert token_windows(["A fire. " * 10**7], tokenizer, 4, 2).shape == (2, 4), "at once: the rest is not looked at"
+
+
+def test_what_is_published_names_no_folder(tmp_path):
+    (tmp_path / "private.txt").write_text("x")
+    assert public_name(str(tmp_path / "private.txt")) == "private.txt"
+    assert public_name(f"{tmp_path}:default") == f"{tmp_path.name}:default"
+    assert [public_name(name) for name in ("sample", "allenai/c4:en")] == ["sample", "allenai/c4:en"]
+    assert public_name(["a secret"]) == "texts given"
 
 
 def test_sampled_windows(kept):

@@ -20,7 +20,7 @@ from modeling_fire.conversion import CalibrationOptions
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
 
-from checkpoints import llama, save_tokenizer  # noqa: E402
+from checkpoints import bloom, llama, save_tokenizer  # noqa: E402
 from retrofit import load, retrofit  # noqa: E402
 from settings import Retrofit, changed, parse_changes, read_fields  # noqa: E402
 from windows import as_dataset, read_windows, split  # noqa: E402
@@ -87,6 +87,7 @@ def test_changes_of_settings():
     assert changed(base, {"a": {"c": {"e.f": 4}}}) == {"a": {"b": 1, "c": {"e": {"f": 4}}}, "d": [1]}
     assert base == {"a": {"b": 1, "c": None}, "d": [1]}
     assert parse_changes(["a.b=1.0e-3", "c=[1, 2]", "d=x=y"]) == {"a.b": 1e-3, "c": [1, 2], "d": "x=y"}
+    assert parse_changes(["a=1e-3", "b=[2e5]", "c=e5"]) == {"a": 1e-3, "b": [2e5], "c": "e5"}
     with pytest.raises(ValueError, match="form name=value, got 'a'"):
         parse_changes(["a"])
 
@@ -104,7 +105,32 @@ def test_wrong_settings_are_refused(settings):
     refused(r"`data.length` \(16\) is not among", data__length=16)
     refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
     refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
+    refused("num_targets` \\(0\\) do not fit", evaluation__num_targets=0)
     refused("training windows; one step takes 4000", training__per_device_train_batch_size=4000)
+    refused("unexpected keyword argument 'max_step'", training__max_step=3)
+    refused("unexpected keyword argument 'algin'", model__calibrate={"algin": True})
+    refused("`fraction` must be in", heal__anneal=2)
+    refused("`heal` has fields of its own, got None", heal=None)
+    refused("`model.calibrate` is for a rotation that is dropped at once", model__calibrate={}, heal__anneal=0.5)
+    refused("`model.calibrate` is for a rotation that is dropped", model__calibrate={}, model__rotation="keep")
+
+
+def test_alibi_has_no_rotation_to_anneal(settings, source, tmp_path):
+    bloom().save_pretrained(tmp_path / "bloom")
+    save_tokenizer(tmp_path / "bloom")
+    with pytest.raises(ValueError, match="bloom has no rotation to keep or to anneal"):
+        run(settings, model__source=str(tmp_path / "bloom"), heal__anneal=0.5)
+
+
+def test_what_is_held_out_is_calibrated_on_by_nobody(settings, source, monkeypatch):
+    def spy(source, out, calibrate, **kwargs):
+        text = (Path(source) / "text.txt").read_text()
+        assert "".join(calibrate.text) == text[: round(0.8 * len(text))] and calibrate.seed == 5
+        raise InterruptedError
+
+    monkeypatch.setattr("retrofit.convert", spy)
+    with pytest.raises(InterruptedError):
+        run(settings, model__calibrate={}, training__seed=5)
 
 
 def test_windows(source):

@@ -91,6 +91,9 @@ def test_a_variant_of_a_variant_that_is_not_trained_is_refused(study):
     study["variants"]["RoPE as YaRN"] = {"from": "RoPE as PI", "config": {}}
     with pytest.raises(ValueError, match="'RoPE as PI' is not among"):
         read_fields(Study, study)
+    study["variants"]["RoPE as YaRN"] = {"from": "RoPE", "config": {}, "data": {"length": 3}}
+    with pytest.raises(ValueError, match="'RoPE as YaRN' is not trained: it has `from` and `config`, and no other"):
+        read_fields(Study, study)
 
 
 def test_the_shipped_study_loads():

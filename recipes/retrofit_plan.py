@@ -1,0 +1,77 @@
+"""What a retrofit is made of: all that is known of it before any work is done."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from settings import Retrofit, SettingsError, changed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from windows import Windows, read_windows
+
+from modeling_fire.conversion import FAMILIES, CalibrationOptions
+from modeling_fire.training import RotationAnnealing
+
+
+@dataclass
+class Plan:
+    """What a run is made of, before any work is done."""
+
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    windows: Windows
+    windows_per_step: int
+    calibrate: CalibrationOptions | None
+    changes: dict[str, Any]  # of the config of the model to train, from that of the converted one
+    lora: LoraConfig | None
+    annealing: RotationAnnealing | None
+
+    @classmethod
+    def of(cls, run: Retrofit) -> "Plan":
+        """Raises [`SettingsError`] for what is wrong with the settings or the text."""
+        try:
+            arguments = TrainingArguments(
+                **{"output_dir": f"{run.output_dir}/checkpoints", "report_to": "none", "save_strategy": "no"}
+                | run.training
+            )
+            if is_deepspeed_zero3_enabled():
+                raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
+            tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
+            windows = windows_of(run, tokenizer)
+            per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+            if len(windows.train) < per_step:
+                raise ValueError(
+                    f"{run.data.text} has {len(windows.train)} training windows; one step takes {per_step}."
+                )
+            calibrate, lora = None, None
+            if run.model.calibrate is not None:
+                texts = {"text": windows.train_texts, "seed": arguments.seed}
+                calibrate = CalibrationOptions(**{**texts, **run.model.calibrate})
+            if run.heal.lora is not None:
+                trained = sorted({"position_bias", *run.heal.lora.get("modules_to_save", ())})
+                lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
+            annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
+            return cls(arguments, tokenizer, windows, per_step, calibrate, config_changes(run), lora, annealing)
+        except (OSError, TypeError, ValueError) as error:
+            raise SettingsError(str(error)) from error
+
+
+def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """The text of a run, tokenised."""
+    data, longest = run.data, max(run.evaluation.contexts) + 1
+    return read_windows(
+        data.text, tokenizer, data.length, data.held_out, longest, run.evaluation.num_windows, data.documents
+    )
+
+
+def config_changes(run: Retrofit) -> dict[str, Any]:
+    """What the config of the model to train differs in from that of the converted one, which has no rotation."""
+    if run.model.rotation == "drop" and run.heal.anneal is None:
+        return run.model.config
+    config = AutoConfig.from_pretrained(run.model.source, **run.source)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{config.model_type} cannot be converted. Supported are {', '.join(FAMILIES)}.")
+    fields = FAMILIES[config.model_type].fire_fields(config)
+    if "rope_parameters" not in fields:
+        raise ValueError(f"{config.model_type} has no rotation to keep or to anneal.")
+    return changed({"rope_parameters": fields["rope_parameters"]}, run.model.config)
