@@ -20,8 +20,8 @@ class FireTrainer(Trainer):
     """
     transformers' Trainer with optimiser groups for the position bias, and with distillation from a teacher.
 
-    Trainer makes the optimiser as ever, so that any `optim` that goes by groups will do, and FSDP and DeepSpeed too, as
-    long as DeepSpeed's own configuration names no optimiser. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
+    Trainer makes the optimiser as ever, so that any `optim` that goes by groups will do; so will FSDP, and DeepSpeed
+    if its own configuration names no optimiser. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
 
     Args:
         bias_lr_multiplier (`float`, *optional*, defaults to 1.0):
