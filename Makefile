@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study compare ablate retrofit-study bench bench-model kernels test test-transformers lint types format clean
+.PHONY: help demo study compare ablate pretrain retrofit-study bench bench-model kernels test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -32,6 +32,10 @@ compare: $(READY)  ## FIRE and all its rivals, three seeds each, from 1/4 to 16 
 
 ablate: $(READY)  ## The parts of FIRE, one at a time, likewise
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/ablate/ablate.yaml
+
+pretrain: $(READY)  ## A tiny FIRE model from scratch on a stream of text (three minutes on one core; a killed run continues)
+	$(PYTHON_PASSIVE) -m accelerate.commands.launch --config_file configuration/accelerate/cpu.yaml \
+		recipes/pretrain.py recipes/pretrain/tiny.yaml
 
 retrofit-study: $(READY)  ## Ways to extend a model with rotation, side by side: SOURCE=checkpoint TEXT=file (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/retrofit_study.py recipes/retrofit/study.yaml base.model.source=$(SOURCE) base.data.text=$(TEXT)

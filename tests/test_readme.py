@@ -28,7 +28,13 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "benchmarks/README.md", *(f"recipes/{name}/README.md" for name in RECIPES)]
+    "page",
+    [
+        "README.md",
+        "benchmarks/README.md",
+        "configuration/README.md",
+        *(f"recipes/{name}/README.md" for name in RECIPES),
+    ],
 )
 def test_links_exist(page):
     text = (ROOT / page).read_text()

@@ -1,0 +1,118 @@
+"""
+Trains a FIRE model from scratch on a stream of text, and measures it by context length on the way.
+
+    accelerate launch --config_file configuration/accelerate/cpu.yaml recipes/pretrain.py recipes/pretrain/tiny.yaml
+
+Fields of the YAML may be changed on the command line. Under the output folder: `model` (as it would go to the Hub),
+`results.json` and `checkpoints`. A run that was killed goes on from its last checkpoint, also on other machines; a
+finished one is not run again.
+"""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from corpus import byte_tokenizer
+from grid import print_perplexities, read_finished, versions, write_json
+from pretrain_settings import Pretrain, check_shape
+from pretrain_trainer import PretrainTrainer
+from retrofit import last_checkpoint
+from settings import one_line_errors, settings_from_command_line
+from stream import PackedStream, held_out_windows
+from transformers import AutoTokenizer, default_data_collator, set_seed
+
+from modeling_fire import FireForCausalLM
+
+
+def pretrain(run: Pretrain) -> dict[str, Any]:
+    """Does what is not done yet; returns the result, which is empty on all processes but the main one."""
+    # 1. What is wrong with the settings or the text shows before any work.
+    output = Path(run.output_dir)
+    arguments = run.arguments()
+    read_finished(output / "settings.json", run.settings)
+    tokenizer = byte_tokenizer() if run.tokenizer == "bytes" else AutoTokenizer.from_pretrained(run.tokenizer)
+    config = run.config(tokenizer)
+    checkpoint, state = last_checkpoint(arguments.output_dir), None
+    if checkpoint is not None:
+        check_shape(config, checkpoint)
+        state = json.loads((Path(checkpoint) / "stream.json").read_text())
+    data, evaluation = run.data, run.evaluation
+    stream = PackedStream(
+        data.train, data.column, tokenizer, run.length, data.shuffle_buffer, arguments.seed, run.batch_size, state
+    )
+    windows: Any = None
+    if arguments.process_index == 0:  # which reads all text; the others get theirs from it
+        longest = max(evaluation.contexts) + 1
+        windows = held_out_windows(data.held_out, data.column, tokenizer, longest, evaluation.num_windows)
+        if state is None:
+            next(islice(stream, run.batch_size - 1, None))  # one step; raises if there is not so much text
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "settings.json", {"settings": run.settings})
+    [windows] = broadcast_object_list([windows])
+
+    # 2. Train, in float32; `training.bf16` computes in bfloat16.
+    set_seed(arguments.seed)
+    arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
+    trainer = PretrainTrainer(
+        FireForCausalLM(config),
+        arguments,
+        train_dataset=stream,
+        eval_dataset=windows,
+        contexts=evaluation.contexts,
+        num_targets=evaluation.num_targets,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        bias_lr_multiplier=run.bias_lr_multiplier,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # 3. Measure and save.
+    if arguments.max_steps not in eval_losses(trainer):
+        trainer.evaluate()
+    unfinished = output / "model.unfinished"
+    trainer.save_model(str(unfinished))
+    if not trainer.is_world_process_zero():
+        return {}
+    shutil.rmtree(output / "model", ignore_errors=True)
+    unfinished.rename(output / "model")
+    by_step = eval_losses(trainer)
+    return {
+        "loss": by_step[arguments.max_steps],
+        "train_loss": {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry},
+        "eval_loss": by_step,
+        "processes": arguments.world_size,
+        "versions": versions(),
+    }
+
+
+def eval_losses(trainer: PretrainTrainer) -> dict[int, dict[int, float]]:
+    """What was measured so far, by step and context."""
+    losses: dict[int, dict[int, float]] = {}
+    for entry in trainer.state.log_history:
+        for context in trainer.contexts:
+            if f"eval_loss_{context}" in entry:
+                losses.setdefault(int(entry["step"]), {})[context] = entry[f"eval_loss_{context}"]
+    return losses
+
+
+def main() -> None:
+    run = settings_from_command_line(Pretrain, __doc__)
+    path = Path(run.output_dir) / "results.json"
+    result = read_finished(path, run.settings)
+    if result is None:
+        with one_line_errors():
+            result = {"settings": run.settings, **pretrain(run)}
+        if "loss" not in result:
+            return
+        write_json(path, result)
+    losses = {int(context): loss for context, loss in result["loss"].items()}
+    print(f"\nPerplexity of the same held-out tokens, trained at {run.length}, by context")
+    print_perplexities({Path(run.output_dir).name: {0: losses}})
+    print(f"\n{Path(run.output_dir) / 'model'} is ready for the Hub; {path} has the figures.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""The pretraining recipe in miniature: the stream it reads, what it promises when it is killed, what it refuses."""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from modeling_fire import FireConfig, FireForCausalLM
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "recipes"))
+
+import estimate  # noqa: E402
+from corpus import byte_tokenizer  # noqa: E402
+from pretrain import main, pretrain  # noqa: E402
+from pretrain_settings import Pretrain  # noqa: E402
+from settings import changed, read_fields  # noqa: E402
+from stream import PackedStream, held_out_windows, open_documents, tokenize  # noqa: E402
+
+
+MODELS = ROOT / "configuration" / "models"
+SHAPE = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True}
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def random_texts(count: int, most: int, seed: int = 0) -> list[str]:
+    words = ["once", "upon", "a", "time", "there", "was", "little", "fox", "that", "ran", "through", "the", "woods"]
+    numbers = random.Random(seed)
+    return [" ".join(numbers.choices(words, k=numbers.randint(1, most))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder with documents of 1 to 60 words to train on, and longer ones that are held out."""
+    folder = tmp_path_factory.mktemp("text")
+    write_rows(folder / "train.jsonl", random_texts(120, 60))
+    write_rows(folder / "held_out.jsonl", [text for text in random_texts(40, 60, seed=1) if len(text) > 65])
+    (folder / "model.json").write_text(json.dumps(SHAPE))
+    return folder
+
+
+@pytest.fixture
+def settings(text, tmp_path) -> dict:
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "model": {"config": str(text / "model.json")},
+        "tokenizer": "bytes",
+        "data": {
+            "train": str(text / "train.jsonl"),
+            "held_out": str(text / "held_out.jsonl"),
+            "shuffle_buffer": 50,
+        },
+        "length": 32,
+        "batch_size": 8,
+        "training": {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "eval_on_start": True,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        },
+        "evaluation": {"contexts": [32, 64], "num_targets": 8, "num_windows": 4},
+    }
+
+
+def run(settings: dict, **changes) -> dict:
+    """The result of a run in this process; the name of a field is written with `__` for each dot."""
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    return pretrain(read_fields(Pretrain, changed(settings, changes)))
+
+
+def stream_of(source, length=16, buffer_size=7, windows_per_step=4, tokenizer=None, **changes) -> PackedStream:
+    tokenizer = tokenizer or byte_tokenizer()
+    return PackedStream(str(source), "text", tokenizer, length, buffer_size, 0, windows_per_step, **changes)
+
+
+def pieces_of(window: dict[str, torch.Tensor]) -> list[bytes]:
+    """The parts of documents in a window, told apart by the positions."""
+    starts = (window["position_ids"] == 0).nonzero()[:, 0].tolist()
+    ids = bytes(window["input_ids"].tolist())
+    return [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def test_every_token_once_in_each_pass(tmp_path):
+    texts = random_texts(40, 20)
+    total = sum(map(len, texts))
+    stream = stream_of(write_rows(tmp_path / "rows.jsonl", texts))
+    passes = math.lcm(total, 16) // total
+    assert 1 < passes <= 16, "what is left of a pass begins the next one"
+    counts = dict.fromkeys(set("".join(texts)), 0)
+    windows = list(islice(stream, passes * total // 16))
+    for window in windows:
+        assert all(values.shape == (16,) and values.dtype == torch.long for values in window.values())
+        for piece in pieces_of(window):
+            assert any(piece.decode() in text for text in texts)
+            for letter in piece.decode():
+                counts[letter] += 1
+    assert counts == {letter: passes * "".join(texts).count(letter) for letter in counts}
+    first, second = ([pieces_of(window) for window in part] for part in (windows[:20], windows[total // 16 :][:20]))
+    assert first != second, "each pass has an order of its own"
+    assert first == [pieces_of(window) for window in islice(stream, 20)], "and another reading the same one"
+    unshuffled = [pieces_of(window) for window in islice(stream_of(tmp_path / "rows.jsonl", buffer_size=1), 20)]
+    assert first != unshuffled
+
+
+def test_positions_and_labels_keep_documents_apart(text):
+    """The loss of packed windows is that of their documents alone: none across a border, none seen across one."""
+    torch.manual_seed(0)
+    model = FireForCausalLM(FireConfig(**SHAPE)).eval()
+    windows = list(islice(stream_of(text / "train.jsonl", length=256), 6))
+    assert sum(len(pieces_of(window)) for window in windows) > 10
+    batch = {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+    losses = []
+    for piece in (torch.tensor(list(piece)) for window in windows for piece in pieces_of(window)):
+        logits = model(piece[None]).logits[0]
+        losses.append(cross_entropy(logits[:-1], piece[1:], reduction="sum"))
+    count = (batch["labels"] != -100).sum()
+    torch.testing.assert_close(model(**batch).loss, sum(losses) / count)
+    assert count == sum(len(piece) - 1 for window in windows for piece in pieces_of(window))
+
+
+@pytest.mark.parametrize("buffer_size", [1, 7, 1000])
+def test_a_stream_goes_on_where_it_was(tmp_path, buffer_size):
+    texts = random_texts(30, 12)
+    source = write_rows(tmp_path / "rows.jsonl", texts)
+    windows, states = [], {}
+    stream = stream_of(source, buffer_size=buffer_size)
+    for number, window in enumerate(islice(stream, 3 * sum(map(len, texts)) // 16), start=1):
+        windows.append(window["input_ids"].tolist())
+        if number % 4 == 0:
+            states[number] = json.loads(json.dumps(stream.state_after(number)))
+    assert {state["passes"] for state in states.values()} == {0, 1, 2}
+    for number, state in [*states.items()][::5]:
+        resumed = stream_of(source, buffer_size=buffer_size, state=state)
+        rest = [window["input_ids"].tolist() for window in islice(resumed, 9)]
+        assert rest[: len(windows) - number] == windows[number : number + 9]
+    with pytest.raises(StopIteration):
+        stream.state_after(4)
+
+
+def test_sources(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = random_texts(5, 5)
+    write_rows(tmp_path / "rows.jsonl", texts)
+    parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "rows.parquet")
+    for number, each in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(each + "\nsecond line")
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    for name in ("rows.jsonl", "rows.json.gz"):
+        assert [row["text"] for row in open_documents(str(tmp_path / name), "text")] == texts
+    assert [row["body"] for row in open_documents([str(tmp_path / "*.parquet")], "body")] == texts
+    lines = [row["text"] for row in open_documents(str(tmp_path / "*.txt"), "text")]
+    assert lines == [f"{each}\nsecond line" for each in texts], "a file is a document"
+    train, held_out = ({row["text"] for row in open_documents(f"stdlib{part}", "text")} for part in ("", "::held_out"))
+    assert len(train) > len(held_out) > 10 and not train & held_out
+
+
+def test_documents_end_with_the_end_token(tmp_path):
+    tokenizer = byte_tokenizer()
+    assert tokenize(["ab", ""], tokenizer) == [[97, 98], []]
+    tokenizer.eos_token = "!"
+    assert tokenize(["ab", "a!", ""], tokenizer) == [[97, 98, 33], [97, 33], [33]]
+
+
+def test_held_out_windows_lie_within_documents(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", ["abc", "defghijk", "lm", "nopqrst"])
+    windows = held_out_windows(source, "text", byte_tokenizer(), 4, 3)
+    assert [bytes(window.tolist()) for window in windows] == [b"defg", b"hijk", b"nopq"]
+
+
+def test_a_run(settings, tmp_path):
+    result = run(settings)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"checkpoints", "model", "settings.json"}
+    assert list(result["train_loss"]) == [1, 2, 3, 4, 5, 6] and list(result["eval_loss"]) == [0, 3, 6]
+    assert result["train_loss"][6] < result["train_loss"][1]
+    assert result["eval_loss"][6] == result["loss"] and list(result["loss"]) == [32, 64]
+
+    # The losses are those of what was saved, and of the tokens that they name.
+    model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.max_position_embeddings == 32 and model.config.eos_token_id is None
+    windows = held_out_windows(settings["data"]["held_out"], "text", tokenizer, 65, 4)
+    for context, loss in result["loss"].items():
+        with torch.no_grad():
+            logits = model(windows[:, -context - 1 : -1]).logits[:, -8:]
+        assert cross_entropy(logits.flatten(0, 1), windows[:, -8:].flatten()).item() == pytest.approx(loss, rel=1e-4)
+
+    # Batches are divided anew for other machines, and the losses stay.
+    other = run(settings, output_dir=str(tmp_path / "other"), training__per_device_train_batch_size=2)
+    assert list(other["train_loss"].values()) == pytest.approx(list(result["train_loss"].values()), rel=1e-5)
+
+
+def test_bfloat16_and_learning_rate_of_the_bias(settings):
+    """Options of Trainer reach it; nothing of them is in this recipe."""
+    result = run(settings, training__bf16=True, training__max_steps=2, bias_lr_multiplier=3.0)
+    assert all(math.isfinite(loss) for loss in result["train_loss"].values())
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(settings: dict, *arguments: str) -> list[str]:
+    path = Path(settings["output_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return [sys.executable, str(ROOT / "recipes" / "pretrain.py"), str(path), *arguments]
+
+
+def test_killed_and_continued_from_the_command_line(settings, tmp_path):
+    """SIGKILL with half a checkpoint beside a whole one; then the losses, to the last bit, of a run left alone."""
+    settings = changed(settings, {"training": {"max_steps": 40, "save_total_limit": 3}})
+    undisturbed = run(settings, output_dir=str(tmp_path / "whole"))
+    process = subprocess.Popen(command(settings), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not (checkpoints / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "model").exists(), "killed too late to test anything"
+    (checkpoints / "checkpoint-39").mkdir()
+
+    environment = {**ENVIRONMENT, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    arguments = command(settings, "training.report_to=wandb", "training.disable_tqdm=false")
+    resumed = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "40/40" in resumed.stderr, "a progress bar"
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("loss", "train_loss", "eval_loss"):
+        assert result[name] == json.loads(json.dumps(undisturbed[name])), name
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "whole")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert f"{math.exp(undisturbed['loss'][64]):.3f}" in resumed.stdout, "the table is what was measured"
+
+    # What is finished is not run again, and a folder is for one run.
+    written = (tmp_path / "out" / "results.json").stat().st_mtime_ns
+    again = subprocess.run(command(settings), env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == resumed.stdout[resumed.stdout.index("\nPerplexity") :]
+    assert (tmp_path / "out" / "results.json").stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match="was made with other settings"):
+        run(settings, length=16)
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-.* is of another model \(fire_mlp_width, vocab_size differ\)"):
+        run(settings, model__changes={"vocab_size": 300, "fire_mlp_width": 8}, training__max_steps=50)
+
+
+def test_wrong_settings_are_refused(settings, text, tmp_path):
+    """Before anything is written."""
+
+    def refused(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            run(settings, **changes)
+        assert not Path(settings["output_dir"]).exists()
+
+    refused("no field `data.tran`. Known are train, held_out", data__tran="x")
+    refused("no field `seed`", seed=1)
+    refused("FireConfig has no fields position_bais", model__changes={"position_bais": "none"})
+    refused("TrainingArguments has no fields learning_rat ", training__learning_rat=1)
+    refused("Leave out `training.gradient_accumulation_steps`", training__gradient_accumulation_steps=2)
+    refused("Leave out `training.dataloader_num_workers`", training__dataloader_num_workers=2)
+    refused(r"`batch_size` \(6\) must be a multiple of .* x processes \(4 x 1\)", batch_size=6)
+    refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
+    refused("no file .*fire-0b.json", model__config="configuration/models/fire-0b.json")
+    refused("256 tokens and the model only 100: set `model.changes.vocab_size`", model__changes={"vocab_size": 100})
+    refused("names no file, and cannot be read as a dataset", data__train=str(text / "other.jsonl"))
+    refused("has no column 'body', but text: set `data.column`", data__column="body")
+    refused(r"has \d+ windows of 65 tokens within one document, not 4000", evaluation__num_windows=4000)
+    refused(r"holds \d+ windows of 32 tokens; one step takes 8000", batch_size=8000)
+    refused("holds 0 windows of 32 tokens", data__train=write_rows(tmp_path / "empty.jsonl", ["", ""]))
+    mixed = [str(text / "train.jsonl"), write_rows(tmp_path / "rows.csv", [])]
+    refused(r"files of several kinds \(csv, json\)", data__train=mixed)
+    del settings["training"]["max_steps"]
+    refused("Set `training.max_steps`")
+    del settings["length"]
+    refused("The field `length` is missing")
+
+
+def test_one_process_with_several_gpus_is_refused(settings, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 8)
+    with pytest.raises(ValueError, match="One process has 8 GPUs: start with `accelerate launch`"):
+        run(settings)
+
+
+def test_errors_take_one_line(settings, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", command(settings, "data.column=body")[1:])
+    with pytest.raises(SystemExit, match=r"^Error: .* has no column 'body', but text: set `data.column`.$"):
+        main()
+    monkeypatch.setattr(sys, "argv", command(settings, "lenght=64")[1:])
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: There is no field `lenght`. Known are output_dir, model," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tiny", "fire-125m"])
+def test_shipped_runs_load(name):
+    settings = yaml.safe_load((ROOT / "recipes" / "pretrain" / f"{name}.yaml").read_text())
+    loaded = read_fields(Pretrain, settings)
+    TrainingArguments("unused", **{**loaded.training, "use_cpu": True})
+    fields = json.loads((ROOT / loaded.model.config).read_text())
+    config = FireConfig.from_dict({**fields, **loaded.model.changes})
+    assert loaded.length == config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("tiny", 825_240), ("125m", 123_592_872), ("350m", 353_565_616), ("1b", 1_100_073_068)],
+)
+def test_shipped_models(name, parameters):
+    path = MODELS / f"fire-{name}.json"
+    config = FireConfig.from_pretrained(path)
+    assert estimate.on_meta(config).num_parameters() == parameters
+    known = {each.name for each in dataclasses.fields(FireConfig)} | {"model_type"}
+    assert set(json.loads(path.read_text())) <= known
+
+
+SHAPES = pytest.mark.parametrize(
+    "changes",
+    [{}, {"mlp_gated": False, "hidden_act": "gelu"}, {"num_key_value_heads": 1, "tie_word_embeddings": False}],
+    ids=str,
+)
+
+
+@SHAPES
+def test_estimated_state_is_what_training_holds(changes):
+    config = FireConfig(**{**SHAPE, **changes})
+    model = FireForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(16)[None], labels=torch.arange(16)[None]).loss.backward()
+    optimizer.step()
+
+    def bytes_of(tensors) -> int:
+        return sum(each.nbytes for each in tensors)
+
+    assert estimate.bytes_of_state(config) == {
+        "weights": bytes_of(model.parameters()),
+        "gradients": bytes_of(each.grad for each in model.parameters()),
+        "optimizer": bytes_of(state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")),
+    }
+
+
+@SHAPES
+def test_estimated_activations_are_about_what_a_forward_keeps(changes):
+    config = FireConfig(**{**SHAPE, "hidden_size": 128, "intermediate_size": 344, **changes})
+    model, ids = FireForCausalLM(config), torch.arange(256)[None]
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # the tensor, so that its memory is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ids, labels=ids)
+    found = sum(each.untyped_storage().nbytes() for each in kept.values()) / 256
+    assert estimate.bytes_per_token(config, bf16=False) == pytest.approx(found, rel=0.2)
+
+
+@SHAPES
+def test_estimated_operations_are_those_that_torch_counts(changes):
+    config = FireConfig(**{**SHAPE, "position_bias": "alibi", **changes}, attn_implementation="eager")
+    model, ids = FireForCausalLM(config), torch.arange(64)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == 64 * estimate.flops_per_token(config, 64)
+
+
+def test_estimate_from_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", str(MODELS / "fire-125m.json"), "--batch-size", "4"])
+    estimate.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("fire-125m.json: 123,592,872 parameters")
+    assert [line.split()[0] for line in lines[1:4]] == ["0.46", "0.46", "0.92"], "16 bytes a parameter, in GiB"
+    assert "activations of 4 x 2048 tokens" in lines[4]
