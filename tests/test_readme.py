@@ -11,7 +11,7 @@ from recipes.corpus import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted(path.parent.name for path in ROOT.glob("recipes/*/README.md"))
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/*/README.md"))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -27,15 +27,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert (tmp_path / "outputs/mine/model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "benchmarks/README.md",
-        "configuration/README.md",
-        *(f"recipes/{name}/README.md" for name in RECIPES),
-    ],
-)
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "configuration/README.md", *RECIPES])
 def test_links_exist(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
