@@ -11,6 +11,9 @@ from ..positions_fire import FirePositions
 from .attention import position_biases
 
 
+OFF_THE_PLOT = 6.0
+
+
 def mark_train_length(axes: Any, train_length: int) -> None:
     """A dotted line at the length of the training texts."""
     axes.axvline(train_length, color="gray", linestyle=":", linewidth=1.2)
@@ -24,16 +27,33 @@ def mark_train_length(axes: Any, train_length: int) -> None:
     )
 
 
-def finish_perplexities(axes: Any, xlabel: str, ylabel: str, title: str) -> None:
-    """What the plots of perplexities have in common: a logarithmic axis, labels, legend and grid."""
+def perplexity_axes(losses: dict[str, dict[int, float]], xlabel: str, ylabel: str, title: str) -> tuple[Any, Any]:
+    """
+    Figure and axes with a line of perplexities for each model, on a logarithmic axis. Only what is less than
+    `OFF_THE_PLOT` times the lowest is in sight, or one model that fails would press all others together.
+    """
+    from cycler import cycler
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import LogLocator
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=[f"C{i}" for i in range(10)]))
+    values = [math.exp(loss) for by_x in losses.values() for loss in by_x.values()]
+    for name, by_x in losses.items():
+        perplexities = [math.exp(loss) for loss in by_x.values()]
+        axes.plot(list(by_x), perplexities, marker="o", label=name, linewidth=2.8 if name == "FIRE" else 1.6)
     axes.set_yscale("log")
+    axes.set_ylim(min(values) / 1.05, min(max(values) * 1.05, OFF_THE_PLOT * min(values)))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 8)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.set_title(title)
-    axes.legend()
     axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper")
+    return figure, axes
 
 
 def plot_perplexity_by_context(
@@ -48,19 +68,12 @@ def plot_perplexity_by_context(
         train_length (`int`, *optional*): marked in the plot, in tokens.
         title (`str`, *optional*): above the plot.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, by_context in losses.items():
-        perplexities = [math.exp(loss) for loss in by_context.values()]
-        axes.plot(list(by_context), perplexities, marker="o", label=name, linewidth=2.8 if name == "FIRE" else 1.6)
-    contexts = sorted({context for by_context in losses.values() for context in by_context})
+    figure, axes = perplexity_axes(losses, "context length (tokens)", "perplexity of the same tokens", title)
     if train_length is not None:
         mark_train_length(axes, train_length)
+    contexts = sorted({context for by_context in losses.values() for context in by_context})
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [str(context) for context in contexts])
-    finish_perplexities(axes, "context length (tokens)", "perplexity of the same tokens", title)
     figure.savefig(path, dpi=150)
 
 
@@ -73,13 +86,8 @@ def plot_perplexity_by_tokens(losses: dict[str, dict[int, float]], path: str | o
         path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
         title (`str`, *optional*): above the plot.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, by_tokens in losses.items():
-        axes.plot(list(by_tokens), [math.exp(loss) for loss in by_tokens.values()], label=name, linewidth=1.6)
-    finish_perplexities(axes, "tokens trained on", "perplexity", title)
+    figure, axes = perplexity_axes(losses, "tokens trained on", "perplexity", title)
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
     figure.savefig(path, dpi=150)
 
 
@@ -96,17 +104,11 @@ def plot_perplexity_by_position(
         train_length (`int`, *optional*): marked in the plot, in tokens.
         title (`str`, *optional*): above the plot.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, by_position in losses.items():
-        axes.plot(list(by_position), [math.exp(loss) for loss in by_position.values()], marker=".", label=name)
+    figure, axes = perplexity_axes(losses, "tokens before the one that is predicted", "perplexity", title)
     if train_length is not None:
         mark_train_length(axes, train_length)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    finish_perplexities(axes, "tokens before the one that is predicted", "perplexity", title)
     figure.savefig(path, dpi=150)
 
 
@@ -150,7 +152,6 @@ def plot_attention_by_distance(shares: dict[int, torch.Tensor], path: str | os.P
         path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
         title (`str`, *optional*): above the plots.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 4.2 * len(shares), 3.6), layout="constrained")
