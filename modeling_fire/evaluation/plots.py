@@ -152,6 +152,7 @@ def plot_attention_by_distance(shares: dict[int, torch.Tensor], path: str | os.P
         path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
         title (`str`, *optional*): above the plots.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1 + 4.2 * len(shares), 3.6), layout="constrained")
