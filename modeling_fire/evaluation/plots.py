@@ -33,12 +33,13 @@ def perplexity_axes(losses: dict[str, dict[int, float]], xlabel: str, ylabel: st
     `OFF_THE_PLOT` times the lowest is in sight, or one model that fails would press all others together.
     """
     from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * cycler(color=[f"C{i}" for i in range(10)]))
+    axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
     values = [math.exp(loss) for by_x in losses.values() for loss in by_x.values()]
     for name, by_x in losses.items():
         perplexities = [math.exp(loss) for loss in by_x.values()]
