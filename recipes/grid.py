@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from modeling_fire.evaluation.report import write_json
 
 
 @dataclass
@@ -60,13 +61,6 @@ def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     if result["settings"] != json.loads(json.dumps(settings)):
         raise SystemExit(f"{path.parent} was made with other settings: delete it, or choose another `output_dir`.")
     return result
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes to a temporary name first, so that a killed run leaves no half-written file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 def losses_by_context(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[int, float]]]:

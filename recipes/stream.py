@@ -19,8 +19,9 @@ from settings import SettingsError
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from modeling_fire.conversion.text import FORMATS
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
 # The tokens of each document, or part of one, in a window.
 Window = list[list[int]]
 

@@ -5,6 +5,20 @@ import torch
 from modeling_fire import FireConfig, FireForCausalLM
 
 
+# Of TrainingArguments, for a few steps on the CPU that leave nothing behind.
+FEW_STEPS = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 def tiny_config(**changes) -> FireConfig:
     """
     A configuration small enough for CPU tests, whose `fire_init_L` of 7 lies inside the lengths that tests use, so

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import random_ids, tiny_model
+from helpers import FEW_STEPS, random_ids, tiny_model
 from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
 
@@ -28,22 +28,10 @@ def rows(count: int, length: int = 16, masked: bool = False) -> list[dict]:
 
 def build_trainer(model, folder, data=None, callbacks=None, teacher=None, **changes) -> FireTrainer:
     own = ("bias_lr_multiplier", "bias_weight_decay", "distillation_weight", "compute_loss_func")
-    fields = {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **{name: value for name, value in changes.items() if name not in own},
-    }
+    fields = FEW_STEPS | {name: value for name, value in changes.items() if name not in own}
     return FireTrainer(
         model,
-        TrainingArguments(**fields),
+        TrainingArguments(str(folder), **fields),
         train_dataset=data or rows(8),
         eval_dataset=rows(4),
         callbacks=callbacks,

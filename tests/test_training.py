@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import FEW_STEPS, tiny_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
@@ -34,21 +34,7 @@ def pad_batch(features: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def build_trainer(model, folder, data, collator=pad_batch, **arguments) -> Trainer:
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "max_steps": 3,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 0.01,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            **arguments,
-        }
-    )
+    arguments = TrainingArguments(str(folder), **FEW_STEPS | arguments)
     return Trainer(model, arguments, train_dataset=data, data_collator=collator)
 
 

@@ -140,10 +140,9 @@ def calibrate_folder(
     if windows is None:
         length = window_length(config)
         count = options.tokens // length + HELD_OUT_WINDOWS
-        cached = (
-            8 * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        )  # float32, K and V
-        batch_size = min(max(1, SAMPLE_BYTES // cached), MAX_SAMPLE_BATCH)
+        # Keys and values of one text, in float32.
+        cache_bytes = 8 * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        batch_size = min(max(1, SAMPLE_BYTES // cache_bytes), MAX_SAMPLE_BATCH)
         windows = sampled_windows(model, length + 1, count, options.seed, batch_size)
     # Of a text that is too short half is held out.
     count = min(options.tokens // window_length(config), max(len(windows) - HELD_OUT_WINDOWS, len(windows) // 2))
