@@ -36,7 +36,10 @@ class Plan:
             )
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
-            tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
+            except OSError as error:  # which may say of the Hub what went wrong, and not of what
+                raise ValueError(f"`model.source`: no tokenizer in {run.model.source}: {error}") from error
             windows = windows_of(run, tokenizer)
             per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
             if len(windows.train) < per_step:

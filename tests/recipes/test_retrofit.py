@@ -110,6 +110,7 @@ def test_wrong_settings_are_refused(settings):
     refused("unexpected keyword argument 'max_step'", training__max_step=3)
     refused("unexpected keyword argument 'algin'", model__calibrate={"algin": True})
     refused("`fraction` must be in", heal__anneal=2)
+    refused("`model.source`: no tokenizer in .*/nowhere", model__source=f"{settings['output_dir']}/nowhere")
     refused("`heal` has fields of its own, got None", heal=None)
     refused("`model.calibrate` is for a rotation that is dropped at once", model__calibrate={}, heal__anneal=0.5)
     refused("`model.calibrate` is for a rotation that is dropped", model__calibrate={}, model__rotation="keep")
