@@ -184,7 +184,7 @@ def evaluate(
 @app.command()
 def plot(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a FIRE model.")],
-    out: Annotated[Path, typer.Option(help="Folder for bias.png and attention.png.")],
+    out: Annotated[Path, typer.Option(help="Folder for the plots.")],
     positions: Annotated[
         list[int] | None,
         typer.Option(
@@ -199,18 +199,22 @@ def plot(
             help="Draw how far back the queries look in a text: a file, or a dataset, as for evaluate. [default: none]"
         ),
     ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(help="Draw c and L over the training: trainer_state.json, as FireTrainer wrote it."),
+    ] = None,
 ) -> None:
     """
-    Draw what a FIRE model learned about distance: its bias by head and layer, and where its attention goes.
+    Draw what a FIRE model learned about distance: its bias by head and layer, c and L, and where its attention goes.
 
     \b
     Example, with a model of your own:
-        fire plot outputs/mine --out outputs/mine/plots --positions 127 --positions 2047 --text book.txt
+        fire plot outputs/mine/model --out outputs/mine/plots --positions 127 --positions 2047 --text book.txt \\
+            --history outputs/mine/trainer_state.json
     """
     with one_line_errors():
-        scales = report.plot_model(model, out, positions, text)
-    if scales:
-        typer.echo(report.scales_table(scales))
+        learned = report.plot_model(model, out, positions, text, history)
+    typer.echo(report.learned_tables(learned))
     typer.echo(f"Wrote {out}")
 
 

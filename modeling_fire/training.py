@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .evaluation.attention import learned_scales
 from .modeling_fire import FireModel
 
 
@@ -22,6 +23,9 @@ class FireTrainer(Trainer):
 
     Trainer makes the optimiser as ever, so that any `optim` that goes by groups will do; so will FSDP, and DeepSpeed
     if its own configuration names no optimiser. Vectors and scalars, `c` and `L_multiplier` among them, never decay.
+
+    Whenever a loss is logged, `state.log_history` gets an entry with `c` and `L` of every layer as well: `fire plot
+    --history trainer_state.json` draws them.
 
     Args:
         bias_lr_multiplier (`float`, *optional*, defaults to 1.0):
@@ -92,6 +96,14 @@ class FireTrainer(Trainer):
                 groups.append({**group, "params": parameters, "lr": lr, "weight_decay": weight_decay})
         optimizer.param_groups = [group for group in groups if group["params"]]
         return optimizer
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        super().log(logs, *args, **kwargs)
+        scales = learned_scales(self.model) if "loss" in logs else []
+        if scales:
+            # Into the history alone: a number a layer is more than a progress bar should print.
+            entry: Any = {name: [scale[name] for scale in scales] for name in ("c", "L")}
+            self.state.log_history.append({"step": self.state.global_step, **entry})
 
     def compute_loss(
         self,

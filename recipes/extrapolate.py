@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
-from settings import settings_from_command_line
+from settings import changed, settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
@@ -32,9 +32,9 @@ from modeling_fire.training import FireTrainer
 @dataclass
 class Study:
     """
-    The YAML. `variants` maps a name to the fields of [`FireConfig`] in which it differs from `model`, and may name a
-    `bias_lr_multiplier` and a `bias_weight_decay` of its own. One that has `from` is not trained: it is the variant of
-    that name, with other fields where it is tested. `training` holds transformers' TrainingArguments.
+    The YAML. `variants` maps a name to the fields of [`FireConfig`] in which it differs from `model`, and may have
+    those of `OF_ONE_RUN` for itself. One that has `from` is not trained: it is the variant of that name, with other
+    fields where it is tested. `training` holds transformers' TrainingArguments.
     """
 
     output_dir: str
@@ -65,15 +65,19 @@ class Study:
 
 # What may change without making a finished run another one.
 NOT_OF_A_RUN = {"output_dir", "variants", "seeds", "show", "prompt"}
+# What a variant may have for itself: fields of the study, and `random_positions`, below which its positions are drawn.
+OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "random_positions"}
 
 
 def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalLM:
     """Trains one variant with transformers' Trainer and saves it, whole or not at all."""
     set_seed(seed)
-    changes = {"max_position_embeddings": study.length, **study.variants[variant]}
-    bias_lr_multiplier = changes.pop("bias_lr_multiplier", study.bias_lr_multiplier)
-    bias_weight_decay = changes.pop("bias_weight_decay", study.bias_weight_decay)
-    model = FireForCausalLM(FireConfig(**{**study.model, **changes}))
+    changes = study.variants[variant]
+    own = {name: value for name, value in changes.items() if name in OF_ONE_RUN}
+    reach = own.pop("random_positions", None)
+    study = replace(study, **changed(vars(study), own))
+    fields = {name: value for name, value in changes.items() if name not in OF_ONE_RUN}
+    model = FireForCausalLM(FireConfig(**{**study.model, "max_position_embeddings": study.length, **fields}))
     print(f"{model.num_parameters():,} parameters", flush=True)
     unfinished = folder.with_name(folder.name + ".unfinished")
     arguments = TrainingArguments(
@@ -83,16 +87,24 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
         model=model,
         args=arguments,
         train_dataset=training_blocks(corpus(study.text)[0], study.length),
-        data_collator=default_data_collator,
+        data_collator=default_data_collator if reach is None else partial(at_random_positions, reach=reach),
         processing_class=byte_tokenizer(),
-        bias_lr_multiplier=bias_lr_multiplier,
-        bias_weight_decay=bias_weight_decay,
+        bias_lr_multiplier=study.bias_lr_multiplier,
+        bias_weight_decay=study.bias_weight_decay,
     )
     trainer.train()
     trainer.save_model()
+    trainer.save_state()
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return model
+
+
+def at_random_positions(blocks: list[dict[str, torch.Tensor]], reach: int) -> dict[str, torch.Tensor]:
+    """A batch whose blocks stand at ascending positions below `reach`, drawn anew each time (arXiv 2305.16843)."""
+    batch = default_data_collator(blocks)
+    drawn = torch.rand(len(blocks), reach).argsort(dim=1)[:, : batch["input_ids"].shape[1]]
+    return {**batch, "position_ids": drawn.sort(dim=1).values}
 
 
 def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
         return {}
     shutil.rmtree(output / "model", ignore_errors=True)
     unfinished.rename(output / "model")
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
     by_step = eval_losses(trainer)
     return {
         "loss": by_step[arguments.max_steps],

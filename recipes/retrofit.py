@@ -87,6 +87,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     shutil.rmtree(output / "model", ignore_errors=True)
     unfinished.rename(output / "model")
     shutil.rmtree(output / "trained")
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
     history = trainer.state.log_history
     return {
         "loss": measure(run, model.to(arguments.device), windows),

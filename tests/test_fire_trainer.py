@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import TrainerCallback, TrainingArguments
 
 from modeling_fire import FireForCausalLM
+from modeling_fire.evaluation import learned_scales
 from modeling_fire.modeling_fire import FireModel
 from modeling_fire.training import FireTrainer, RotationAnnealing
 
@@ -78,6 +79,19 @@ def test_c_and_L_move_with_the_learning_rate_of_the_bias(tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith(("position_bias.c", "L_multiplier")):
             assert (parameter - before[name]).abs().item() == pytest.approx(0.03, rel=1e-3), name
+
+
+def test_c_and_L_are_kept_by_step(tmp_path):
+    model = tiny_model()
+    trainer = build_trainer(model, tmp_path, rows(4, 32), logging_steps=1, max_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "L" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2] and entries[0]["c"] != entries[1]["c"]
+    last = {name: [scale[name] for scale in learned_scales(model)] for name in ("c", "L")}
+    assert entries[-1] == {"step": 2, **last}
+    tiny = build_trainer(tiny_model(position_bias="alibi"), tmp_path, rows(4, 32), max_steps=1)
+    tiny.train()
+    assert not any("c" in entry for entry in tiny.state.log_history)
 
 
 def test_the_schedule_scales_both_learning_rates(tmp_path):

@@ -1,6 +1,6 @@
 """Measures of language models, ours and any other that transformers loads."""
 
-from .attention import attention_by_distance, learned_scales
+from .attention import attention_by_distance, attention_entropy, learned_scales
 from .passkey import passkey_accuracy
 from .perplexity import bin_positions, loss_by_context, loss_by_position
 from .plots import (
@@ -10,11 +10,13 @@ from .plots import (
     plot_perplexity_by_context,
     plot_perplexity_by_position,
     plot_perplexity_by_tokens,
+    plot_scales_by_step,
 )
 
 
 __all__ = [
     "attention_by_distance",
+    "attention_entropy",
     "bin_positions",
     "learned_scales",
     "loss_by_context",
@@ -26,4 +28,5 @@ __all__ = [
     "plot_perplexity_by_context",
     "plot_perplexity_by_position",
     "plot_perplexity_by_tokens",
+    "plot_scales_by_step",
 ]

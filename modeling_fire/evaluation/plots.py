@@ -170,12 +170,54 @@ def plot_attention_by_distance(shares: dict[int, torch.Tensor], path: str | os.P
         axes.grid(alpha=0.3)
     grid[0].set_ylabel("share of the attention")
     grid[0].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    # Of many layers the first and the last tell the order of the colours.
-    handles, names = grid[-1].get_legend_handles_labels()
-    shown = slice(None) if len(names) <= 8 else slice(None, None, len(names) - 1)
-    grid[-1].legend(handles[shown], names[shown], fontsize="x-small")
+    layers_legend(grid[-1])
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def plot_scales_by_step(history: list[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
+    """
+    `c` and `L` of every layer while a model trained, each on a logarithmic axis.
+
+    Args:
+        history (`list[dict]`):
+            `log_history` of a [`~modeling_fire.training.FireTrainer`], of which the entries with `c` or `L` are drawn.
+        path (`str` or `os.PathLike`): the image to write; its ending chooses the format.
+        title (`str`, *optional*): above the plots.
+
+    Raises:
+        ValueError: if there are no such entries.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    entries = [entry for entry in history if "L" in entry]
+    names = {"c": "c", "L": "L (tokens)"} if entries else {}
+    names = {name: label for name, label in names.items() if entries[0][name][0] is not None}
+    if not names:
+        raise ValueError("It has neither `c` nor `L`: only FireTrainer keeps them, of FIRE models that have them.")
+    figure = Figure(figsize=(1 + 4.2 * len(names), 3.6), layout="constrained")
+    grid = figure.subplots(1, len(names), squeeze=False)[0]
+    for (name, label), axes in zip(names.items(), grid, strict=True):
+        steps = [entry["step"] for entry in entries]
+        values = [entry[name] for entry in entries]
+        for layer, by_step in enumerate(zip(*values, strict=True)):
+            color = colormaps["viridis"](layer / max(1, len(values[0]) - 1))
+            axes.plot(steps, by_step, marker=".", color=color, label=f"layer {layer}")
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3, which="both")
+    layers_legend(grid[-1])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def layers_legend(axes: Any) -> None:
+    """Names the layers; of many only the first and the last, which tell the order of the colours."""
+    handles, names = axes.get_legend_handles_labels()
+    shown = slice(None) if len(names) <= 8 else slice(None, None, len(names) - 1)
+    axes.legend(handles[shown], names[shown], fontsize="x-small")
 
 
 @torch.no_grad()

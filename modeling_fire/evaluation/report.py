@@ -14,7 +14,7 @@ import torch
 
 from ..configuration_fire import FireConfig
 from ..conversion import library_versions
-from .attention import attention_by_distance, learned_scales
+from .attention import attention_by_distance, attention_entropy, learned_scales
 from .loading import Checkpoint, EvaluationError, distinct_names, shared_tokens
 from .passkey import has_room, passkey_accuracy
 from .perplexity import bin_positions, loss_by_context, loss_by_position
@@ -24,6 +24,7 @@ from .plots import (
     plot_passkey,
     plot_perplexity_by_context,
     plot_perplexity_by_position,
+    plot_scales_by_step,
 )
 
 
@@ -165,26 +166,36 @@ def passkey_lengths(checkpoint: Checkpoint, contexts: list[int], options: Evalua
 
 
 def plot_model(
-    source: str, out: Path, positions: Sequence[int] | None = None, text: str | None = None
-) -> list[dict[str, float | None]]:
+    source: str,
+    out: Path,
+    positions: Sequence[int] | None = None,
+    text: str | None = None,
+    history: Path | None = None,
+) -> dict[str, Any]:
     """
     Draws what a FIRE model has learned about distance.
 
     Args:
         source (`str`): folder or Hub id.
-        out (`Path`): folder for the plots: `bias.png` and, with a text, `attention.png`.
+        out (`Path`):
+            Folder for the plots: `bias.png`; with a text, `attention.png`; with a history, `scales.png`.
         positions (`Sequence[int]`, *optional*):
             Where the queries stand, in tokens. By default at the end of the training length, and of 4 times as much.
         text (`str`, *optional*):
             File or dataset, see [`~modeling_fire.conversion.text.read_texts`], in whose first tokens to observe the
             attention of the queries at, and just before, each of the positions.
 
+        history (`Path`, *optional*):
+            A `trainer_state.json` of [`~modeling_fire.training.FireTrainer`], to draw how `c` and `L` came about.
+
     Returns:
-        `list[dict[str, float | None]]`: see [`learned_scales`].
+        `dict[str, Any]`: `scales`, see [`learned_scales`], and with a text `entropy`, by the number of tokens that are
+        there to look at, see [`attention_entropy`].
 
     Raises:
-        [`EvaluationError`], [`~modeling_fire.conversion.ConversionError`]: if the model or the text cannot be read,
-            the model has no position bias, or the text is shorter than the positions.
+        [`EvaluationError`], [`~modeling_fire.conversion.ConversionError`]: if the model, the text or the history
+            cannot be read, the model has no position bias, the text is shorter than the positions, or the history has
+            neither `c` nor `L`.
     """
     checkpoint = Checkpoint.open(source, distinct_names([source])[0])
     config = checkpoint.config
@@ -195,13 +206,21 @@ def plot_model(
     if tokens is not None and len(tokens) <= positions[-1]:
         raise EvaluationError(f"{text} has {len(tokens)} tokens, none at position {positions[-1]}: take others.")
     prepare_folder(out)
+    if history is not None:
+        try:
+            plot_scales_by_step(json.loads(history.read_text())["log_history"], out / "scales.png", checkpoint.name)
+        except (OSError, KeyError, ValueError) as error:
+            raise EvaluationError(f"{history} has no history to draw: {error}") from error
     model = checkpoint.load()
 
     plot_learned_bias(model, out / "bias.png", positions)
+    result: dict[str, Any] = {"scales": learned_scales(model)}
     if tokens is not None:
-        shares = {position + 1: attention_by_distance(model, tokens[None, : position + 1]) for position in positions}
+        texts = {position + 1: tokens[None, : position + 1] for position in positions}
+        shares = {length: attention_by_distance(model, each) for length, each in texts.items()}
         plot_attention_by_distance(shares, out / "attention.png", checkpoint.name)
-    return learned_scales(model)
+        result["entropy"] = {length: attention_entropy(model, each).tolist() for length, each in texts.items()}
+    return result
 
 
 def prepare_folder(out: Path) -> None:
@@ -273,13 +292,21 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def scales_table(scales: list[dict[str, float | None]]) -> str:
-    """What [`learned_scales`] returns, to be read in a terminal."""
-    rows = (
-        [layer, *("-" if value is None else f"{value:.5g}" for value in scale.values())]
-        for layer, scale in enumerate(scales)
-    )
-    return table(["layer", "c", "L (tokens)"], rows)
+def learned_tables(result: dict[str, Any]) -> str:
+    """What [`plot_model`] returns, to be read in a terminal."""
+    parts = []
+    if result["scales"]:
+        rows = (
+            [layer, *("-" if value is None else f"{value:.5g}" for value in scale.values())]
+            for layer, scale in enumerate(result["scales"])
+        )
+        parts.append(table(["layer", "c", "L (tokens)"], rows))
+    if "entropy" in result:
+        by_layer = zip(*result["entropy"].values(), strict=True)
+        rows = ([layer, *(f"{math.exp(entropy):.1f}" for entropy in by_n)] for layer, by_n in enumerate(by_layer))
+        parts.append("Keys that would share the attention evenly (exp of its entropy), by length of the text")
+        parts.append(table(["layer", *result["entropy"]], rows))
+    return "\n".join(parts)
 
 
 def perplexity(loss: float) -> str:

@@ -6,7 +6,7 @@ from helpers import random_ids, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_fire import FireModel
-from modeling_fire.evaluation import attention_by_distance, learned_scales
+from modeling_fire.evaluation import attention_by_distance, attention_entropy, learned_scales
 
 
 @pytest.mark.parametrize("length, num_queries", [(50, 10), (64, 64), (33, 100), (1, 5)])
@@ -30,6 +30,17 @@ def test_attention_by_distance(length, num_queries, changes):
                 share = float(attention[:, :, query, key].mean())
                 expected[(query - key).bit_length()] += share / (length - first)
         torch.testing.assert_close(by_bin, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_entropy():
+    model, ids = tiny_model(), random_ids(2, 40)
+    entropies = attention_entropy(model, ids, num_queries=10)
+    attentions = tiny_model(attn_implementation="eager")(ids, output_attentions=True).attentions
+    for entropy, attention in zip(entropies, attentions, strict=True):
+        rows = attention[:, :, -10:].flatten(0, 2)
+        expected = sum(float(torch.distributions.Categorical(row[row > 0]).entropy()) for row in rows) / len(rows)
+        assert float(entropy) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_without_a_head_will_do():

@@ -1,6 +1,7 @@
 """`evaluate` and `plot_model`: figures are those of the measures, and what does not fit is refused."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from modeling_fire.conversion import ConversionError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
 from modeling_fire.evaluation.loading import EvaluationError, distinct_names
-from modeling_fire.evaluation.report import EvaluationOptions, evaluate, plot_model, scales_table, tables
+from modeling_fire.evaluation.report import EvaluationOptions, evaluate, learned_tables, plot_model, tables
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -108,7 +109,9 @@ def test_tables():
         "100%   50%",
     ]
     lines = ["layer    c  L (tokens)", "0      0.5           -"]
-    assert scales_table([{"c": 0.5, "L": None}]).splitlines() == lines
+    assert learned_tables({"scales": [{"c": 0.5, "L": None}]}).splitlines() == lines
+    learned = {"scales": [], "entropy": {10: [0.0], 41: [math.log(20)]}}
+    assert learned_tables(learned).splitlines()[1:] == ["layer   10    41", "0      1.0  20.0"]
 
 
 def test_names_tell_models_apart_and_nothing_of_the_machine(tmp_path):
@@ -206,12 +209,24 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path):
 
 def test_a_model_is_drawn(folder, tmp_path):
     with mock.patch("modeling_fire.evaluation.report.plot_attention_by_distance") as draw:
-        scales = plot_model(str(folder / "fire"), tmp_path / "out", [40, 9], str(folder / "text.txt"))
-    assert scales == [{"c": 1.0, "L": 7.0}] * 2
+        learned = plot_model(str(folder / "fire"), tmp_path / "out", [40, 9], str(folder / "text.txt"))
+    assert learned["scales"] == [{"c": 1.0, "L": 7.0}] * 2 and list(learned["entropy"]) == [10, 41]
     assert (tmp_path / "out" / "bias.png").read_bytes().startswith(b"\x89PNG")
     shares = draw.call_args.args[0]
     assert list(shares) == [10, 41]
     torch.testing.assert_close(shares[41], attention_by_distance(build("fire"), text_windows(41, 41, 1)))
+
+
+def test_a_history_is_drawn(folder, tmp_path):
+    state, out = tmp_path / "trainer_state.json", tmp_path / "out"
+    entries = [{"step": step, "c": [1.0, 0.5 * step], "L": [7.0, 7.0 + step]} for step in (1, 2)]
+    state.write_text(json.dumps({"log_history": [{"step": 1, "loss": 3.0}, *entries]}))
+    plot_model(str(folder / "fire"), out, [9], history=state)
+    assert sorted(path.name for path in out.iterdir()) == ["bias.png", "scales.png"]
+    state.write_text(json.dumps({"log_history": [{"step": 1, "c": [None], "L": [None]}]}))
+    for path, message in ((state, "neither `c` nor `L`"), (tmp_path / "no.json", "No such file")):
+        with pytest.raises(EvaluationError, match=message):
+            plot_model(str(folder / "fire"), tmp_path / "new", [9], history=path)
 
 
 @pytest.mark.parametrize(

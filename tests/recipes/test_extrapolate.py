@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks  # noqa: E402
-from extrapolate import Study  # noqa: E402
+from extrapolate import Study, at_random_positions  # noqa: E402
 from grid import half_interval  # noqa: E402
 
 
@@ -133,6 +133,25 @@ def test_another_variant_with_other_fields_in_the_test(study, tmp_path):
     assert {path.name for path in (out / "PI-seed1").iterdir()} == {"loss_by_context.json"}, "it is not trained"
     means = json.loads((out / "results.json").read_text())["mean_loss"]
     assert list(means) == ["FIRE", "PI", "RoPE"] and means["PI"]["32"] != means["RoPE"]["32"]
+
+
+def test_a_variant_trained_otherwise(study, tmp_path):
+    own = {"length": 32, "training": {"max_steps": 3}, "random_positions": 40, "bias_lr_multiplier": 10}
+    study["variants"] = {"other": {"position_bias": "kerple_log", **own}}
+    study |= {"show": "other", "contexts": [32]}
+    result = run(study, tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "out" / "other-seed0"
+    config = FireConfig.from_pretrained(folder)
+    assert (config.position_bias, config.max_position_embeddings) == ("kerple_log", 32)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_random_positions():
+    blocks = [{"input_ids": torch.zeros(5, dtype=torch.long)}] * 200
+    positions = at_random_positions(blocks, reach=9)["position_ids"]
+    assert positions.shape == (200, 5) and (positions.diff() > 0).all()
+    assert positions.unique().tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(
