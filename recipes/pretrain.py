@@ -16,10 +16,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from corpus import byte_tokenizer
+from disk import check_room, last_checkpoint
+from estimate import on_meta
 from grid import print_perplexities, read_finished, versions, write_json
 from pretrain_settings import Pretrain, check_shape
 from pretrain_trainer import PretrainTrainer
-from retrofit import last_checkpoint
 from settings import one_line_errors, settings_from_command_line
 from stream import PackedStream, held_out_windows
 from transformers import AutoTokenizer, default_data_collator, set_seed
@@ -35,6 +36,7 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
     read_finished(output / "settings.json", run.settings)
     tokenizer = byte_tokenizer() if run.tokenizer == "bytes" else AutoTokenizer.from_pretrained(run.tokenizer)
     config = run.config(tokenizer)
+    check_room(output, on_meta(config).num_parameters(), arguments)
     checkpoint, state = last_checkpoint(arguments.output_dir), None
     if checkpoint is not None:
         check_shape(config, checkpoint)

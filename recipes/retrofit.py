@@ -12,17 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from disk import check_room, last_checkpoint
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
 from peft import PeftModel, get_peft_model
 from retrofit_plan import Plan
 from settings import Retrofit, changed, one_line_errors, settings_from_command_line
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    TrainerState,
-    default_data_collator,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator, set_seed
 from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
@@ -51,6 +46,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     model: Any = load(converted, plan.changes)
     if plan.lora is not None:
         model = get_peft_model(model, plan.lora)
+    check_room(output, model.num_parameters(only_trainable=True), arguments)
     distillation: dict[str, Any] = {}
     if run.heal.distill is not None:
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
@@ -108,15 +104,6 @@ def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM
 def measure(run: Retrofit, model: PreTrainedModel, windows: Windows) -> dict[int, list[float]]:
     """The loss of each held-out window, by context."""
     return loss_by_context(model, windows.held_out, run.evaluation.contexts, run.evaluation.num_targets)
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The last one that is whole and has steps left: resumed at the end, Trainer would take one step too many."""
-    states = {
-        path.parent: TrainerState.load_from_json(str(path)) for path in Path(folder).glob("*/trainer_state.json")
-    }
-    steps = {path: state.global_step for path, state in states.items() if state.global_step < state.max_steps}
-    return str(max(steps, key=steps.__getitem__)) if steps else None
 
 
 def main() -> None:

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ sys.path.append(str(ROOT / "recipes"))
 
 import estimate  # noqa: E402
 from corpus import byte_tokenizer  # noqa: E402
+from disk import last_checkpoint  # noqa: E402
 from pretrain import main, pretrain  # noqa: E402
 from pretrain_settings import Pretrain  # noqa: E402
 from settings import changed, read_fields  # noqa: E402
@@ -200,7 +203,9 @@ def test_held_out_windows_lie_within_documents(tmp_path):
 def test_a_run(settings, tmp_path):
     result = run(settings)
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"checkpoints", "model", "settings.json"}
+    assert {path.name for path in out.iterdir()} == {"checkpoints", "model", "settings.json", "trainer_state.json"}
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "L" in entry] == [1, 2, 3, 4, 5, 6], "for `fire plot --history`"
     assert list(result["train_loss"]) == [1, 2, 3, 4, 5, 6] and list(result["eval_loss"]) == [0, 3, 6]
     assert result["train_loss"][6] < result["train_loss"][1]
     assert result["eval_loss"][6] == result["loss"] and list(result["loss"]) == [32, 64]
@@ -271,6 +276,43 @@ def test_killed_and_continued_from_the_command_line(settings, tmp_path):
     (tmp_path / "out" / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-.* is of another model \(fire_mlp_width, vocab_size differ\)"):
         run(settings, model__changes={"vocab_size": 300, "fire_mlp_width": 8}, training__max_steps=50)
+
+
+def test_a_disk_that_fills_costs_no_checkpoint(settings, tmp_path):
+    """Files that may not grow stand for a full disk: the run ends, and goes on from the last whole checkpoint."""
+    undisturbed = run(settings, output_dir=str(tmp_path / "whole"))
+    code = """if True:
+        import resource, runpy, sys, transformers
+        class Full(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        start = transformers.Trainer.__init__
+        def watched(self, *args, **kwargs):
+            start(self, *args, **kwargs)
+            self.add_callback(Full())
+        transformers.Trainer.__init__ = watched
+        sys.argv = sys.argv[1:]
+        sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    arguments = command(settings)
+    failed = subprocess.run(
+        [arguments[0], "-c", code, *arguments[1:]], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert failed.returncode == 1 and "File too large" in failed.stderr, failed.stderr
+    folder = tmp_path / "out"
+    assert last_checkpoint(str(folder / "checkpoints")) == str(folder / "checkpoints" / "checkpoint-2")
+    (folder / "checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')  # half of it
+    assert run(settings)["train_loss"] == undisturbed["train_loss"]
+
+
+def test_a_disk_without_room_is_found_out_before_any_work(settings, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=2**20))
+    with pytest.raises(ValueError, match=r"has room for 0.0 GiB, and the model with 2 checkpoints takes .* free some"):
+        run(settings, model__changes={"intermediate_size": 6400})
+    assert not Path(settings["output_dir"]).exists()
+    run(settings, training__save_strategy="no", training__max_steps=1)
 
 
 def test_wrong_settings_are_refused(settings, text, tmp_path):

@@ -169,6 +169,7 @@ def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path):
         "model",
         "results.json",
         "settings.json",
+        "trainer_state.json",
     }
     result = json.loads((out / "results.json").read_text())
     assert result["settings"]["heal"]["bias_lr_multiplier"] == 3
