@@ -463,9 +463,12 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
 
 
 # The heads take transformers' generic forward, but not its constructor: that asks AutoModel for the decoder, which
-# knows nothing of it where this file was loaded as remote code.
+# knows nothing of it where this file was loaded as remote code. The losses of two of them are means over the batch
+# whatever `num_items_in_batch` says, which Trainer has to know, or it scales them once more.
 class FireForSequenceClassification(GenericForSequenceClassification, FirePreTrainedModel):
     """The decoder with a linear layer on the last token of each sequence (`pad_token_id` tells which that is)."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: FireConfig):
         FirePreTrainedModel.__init__(self, config)
@@ -477,6 +480,8 @@ class FireForSequenceClassification(GenericForSequenceClassification, FirePreTra
 
 class FireForTokenClassification(GenericForTokenClassification, FirePreTrainedModel):
     """The decoder with a linear layer on every token, after a dropout of `classifier_dropout` (0.1 if not set)."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: FireConfig):
         FirePreTrainedModel.__init__(self, config)

@@ -7,9 +7,14 @@ import pytest
 import torch
 from helpers import FEW_STEPS, tiny_model
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments, default_data_collator
 
-from modeling_fire import FireForCausalLM, attention_fire
+from modeling_fire import (
+    FireForCausalLM,
+    FireForSequenceClassification,
+    FireForTokenClassification,
+    attention_fire,
+)
 
 
 TEXT = Path(argparse.__file__).read_bytes()
@@ -116,6 +121,21 @@ def test_gradient_accumulation_is_the_large_batch(tmp_path, changes):
     )
     assert losses_small == pytest.approx(losses_large, rel=1e-5)
     torch.testing.assert_close(small.state_dict(), large.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", [FireForSequenceClassification, FireForTokenClassification])
+def test_gradient_accumulation_of_a_classifier_is_the_large_batch(tmp_path, head):
+    data = documents(*[16] * 4)
+    for number, row in enumerate(data):
+        row["labels"] = number % 2 if head is FireForSequenceClassification else [byte % 2 for byte in row["labels"]]
+    by_batch = {}
+    for batch in (4, 2):
+        model = tiny_model(head, vocab_size=256, num_labels=2, classifier_dropout=0.0)
+        arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        trainer = build_trainer(model, tmp_path, data, default_data_collator, **arguments)
+        trainer.train()
+        by_batch[batch] = losses(trainer)
+    assert by_batch[2] == pytest.approx(by_batch[4], rel=1e-4)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all_parameters", "lora"])

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    MptPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +24,7 @@ from ..conversion.text import read_texts, token_windows
 
 # What transformers raises for a checkpoint that is missing, broken, of an unknown kind or of another shape.
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-# Where the config does not say how long the training texts were (BLOOM, MPT).
+# Where the config does not say how long the training texts were (BLOOM, Mamba).
 DEFAULT_TRAIN_LENGTH = 512
 
 
@@ -62,7 +64,8 @@ class Checkpoint:
     @property
     def train_length(self) -> int:
         """Length of the training texts in tokens, as far as the config tells."""
-        return getattr(self.config, "max_position_embeddings", None) or DEFAULT_TRAIN_LENGTH
+        names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
+        return next((length for name in names if (length := getattr(self.config, name, None))), DEFAULT_TRAIN_LENGTH)
 
     def load(self, dtype: str = "auto", longest: int = 0) -> PreTrainedModel:
         """
@@ -79,11 +82,18 @@ class Checkpoint:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.source, dtype=dtype, trust_remote_code=self.trust_remote_code, output_loading_info=True
             )
+        except UnpicklingError as error:
+            raise EvaluationError(
+                f"The weights of {self.source} are refused: they are broken, or a pickle of more than tensors, which "
+                "could run code as it is read. Take the model as safetensors."
+            ) from error
         except LOADING_ERRORS as error:
             raise EvaluationError(f"{self.source} cannot be loaded: {error}") from error
         model, report = loaded
         if report["missing_keys"]:  # transformers draws them at random, with no more than a warning
             raise EvaluationError(f"{self.source} lacks weights, among them {min(report['missing_keys'])}.")
+        if isinstance(model, MptPreTrainedModel):  # computes its biases up to a length, which nothing else limits
+            model.config.max_seq_len = max(model.config.max_seq_len, longest)
         tokens = model.get_input_embeddings()
         rows = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
         positions = self.train_length

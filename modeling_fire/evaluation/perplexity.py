@@ -75,10 +75,11 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
     The loss of every token of long texts, each predicted from all that come before it.
 
     A window goes through the model in chunks, with a KV cache, and the logits of a chunk are gone before the next one:
-    memory is linear in the length, and the logits take no more than a chunk's.
+    memory is linear in the length, and the logits take no more than a chunk's. A recurrent model, whose state goes on
+    by single tokens, reads a window at once, and its logits take the window's length times the vocabulary.
 
     Args:
-        model (`PreTrainedModel`): any causal language model of transformers that has a KV cache.
+        model (`PreTrainedModel`): any causal language model of transformers.
         windows (`torch.LongTensor` of shape `(num_windows, length)`): token ids.
         chunk_size (`int`, *optional*, defaults to 512): how many tokens one forward takes at the most.
 
@@ -87,8 +88,10 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
         has `n + 1` tokens before it.
 
     Raises:
-        ValueError: if the model returns no KV cache.
+        ValueError: if the model returns no KV cache, though it is not recurrent.
     """
+    chunked = not model._is_stateful
+    chunk_size = chunk_size if chunked else windows.shape[1]
     was_training = model.training
     model.eval()
     losses = torch.empty(len(windows), windows.shape[1] - 1)
@@ -99,9 +102,10 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
                 window[:-1].split(chunk_size), window[1:].split(chunk_size), loss.split(chunk_size), strict=True
             )
             for inputs, labels, chunk_loss in chunks:
-                outputs = model(inputs[None], past_key_values=cache, use_cache=True)
+                given = {"past_key_values": cache} if chunked else {}
+                outputs = model(inputs[None], use_cache=chunked, **given)
                 cache = outputs.get("past_key_values")
-                if cache is None:
+                if chunked and cache is None:
                     raise ValueError(f"{type(model).__name__} returns no KV cache (`past_key_values`).")
                 chunk_loss.copy_(
                     torch.nn.functional.cross_entropy(outputs.logits[0].float(), labels, reduction="none")

@@ -7,7 +7,7 @@ import torch
 from helpers import random_ids, tiny_config, tiny_model
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from modeling_fire import FireModel
 from modeling_fire.evaluation import (
@@ -28,7 +28,11 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in shape}))
 
 
-@pytest.mark.parametrize("build", [tiny_model, llama], ids=["fire", "llama"])
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=tiny_config().vocab_size, hidden_size=32, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("build", [tiny_model, llama, mamba], ids=["fire", "llama", "mamba"])
 @torch.no_grad()
 def test_loss_of_the_same_targets_by_context(build):
     model = build().train()
@@ -63,7 +67,7 @@ def test_overlapping_windows_are_a_sliding_window():
     assert sum(losses) / len(losses) == pytest.approx(sum(counted) / 48, rel=1e-5)
 
 
-@pytest.mark.parametrize("build", [tiny_model, llama], ids=["fire", "llama"])
+@pytest.mark.parametrize("build", [tiny_model, llama, mamba], ids=["fire", "llama", "mamba"])
 @pytest.mark.parametrize("chunk_size", [7, 16, 100])
 @torch.no_grad()
 def test_loss_of_every_token_in_chunks_is_that_of_one_forward(build, chunk_size):

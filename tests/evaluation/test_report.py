@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
 from modeling_fire.conversion import ConversionError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
@@ -215,6 +215,15 @@ def test_a_model_is_drawn(folder, tmp_path):
     shares = draw.call_args.args[0]
     assert list(shares) == [10, 41]
     torch.testing.assert_close(shares[41], attention_by_distance(build("fire"), text_windows(41, 41, 1)))
+
+
+def test_the_biases_of_mpt_have_no_end(folder, tmp_path):
+    config = MptConfig(vocab_size=256, d_model=32, n_heads=4, n_layers=1, max_seq_len=32)
+    MptForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    result = evaluate([str(tmp_path)], options(folder, by_position=True))
+    assert result["settings"]["contexts"] == [32, 64, 128, 256]
+    assert set(result["models"][tmp_path.name]["loss_by_context"]) == {32, 64, 128, 256}
 
 
 def test_a_history_is_drawn(folder, tmp_path):
