@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study compare ablate pretrain retrofit-study bench bench-model kernels test test-transformers lint types format clean
+.PHONY: help demo study compare ablate pretrain retrofit-study classify bench bench-model kernels test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -39,6 +39,11 @@ pretrain: $(READY)  ## A tiny FIRE model from scratch on a stream of text (three
 
 retrofit-study: $(READY)  ## Ways to extend a model with rotation, side by side: SOURCE=checkpoint TEXT=file (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/retrofit_study.py recipes/retrofit/study.yaml base.model.source=$(SOURCE) base.data.text=$(TEXT)
+
+classify: $(READY)  ## A classifier for a task of GLUE or SuperGLUE: TASK=boolq MODEL=folder TRAIN=file VALIDATION=file (a killed run continues)
+	$(PYTHON_PASSIVE) -m accelerate.commands.launch --config_file configuration/accelerate/cpu.yaml \
+		recipes/classify.py recipes/classify/tiny.yaml output_dir=outputs/classify/$(TASK) task=$(TASK) model=$(MODEL) \
+		data.train=$(TRAIN) data.validation=$(VALIDATION)
 
 bench: $(READY)  ## FIRE attention beside its peers: time, memory, a table and plots (ten minutes on two cores, or on a GPU)
 	$(PYTHON_PASSIVE) benchmarks/attention.py --out outputs/bench
