@@ -70,6 +70,7 @@ def train(run: Classify, plan: Plan, seed: int) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "model", ignore_errors=True)
         unfinished.rename(folder / "model")
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
     history = trainer.state.log_history
     return {
         "train": {"rows": len(plan.train.rows), "classes": plan.train.counts(plan.task), "cut": plan.train.cut},

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from classify_tasks import TASKS, Row, Task
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HFValidationError
+from datasets import Dataset
 from settings import SettingsError
+from sources import READING_ERRORS, open_rows
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
-from modeling_fire.conversion.text import FORMATS
 from modeling_fire.evaluation.loading import LOADING_ERRORS
 
 
@@ -150,28 +148,17 @@ def encode(
 def read_rows(source: str | list[str]) -> list[Row]:
     """
     Args:
-        source (`str` or `list[str]`): files or datasets, see [`Data`], one after the other.
+        source (`str` or `list[str]`): see [`~sources.open_rows`]; those of a list one after the other.
 
     Raises:
-        ValueError: if one is not there or cannot be read.
+        SettingsError: if one is not there or cannot be read.
     """
     rows: list[Row] = []
     for each in [source] if isinstance(source, str) else source:
-        path = Path(each)
-        if not path.is_file() and path.suffix in FORMATS:
-            raise ValueError(f"There is no file {each}.")
-        if path.is_file() and path.suffix not in FORMATS:
-            raise ValueError(f"{each} is of no kind that is read here: {', '.join(FORMATS)}.")
-        name, configuration, split = (*each.split(":"), "", "")[:3]
         try:
-            if path.is_file():
-                read = load_dataset(FORMATS[path.suffix], data_files=each, split="train", streaming=True)
-            else:
-                read = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-            rows += read
-        # What `datasets` raises for what is missing, broken, empty, or no dataset.
-        except (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, ValueError) as error:
-            raise ValueError(f"{each} cannot be read as a file or a dataset: {error}") from error
+            rows += open_rows(each)[0]
+        except READING_ERRORS as error:
+            raise SettingsError(f"{each} cannot be read: {error}") from error
     # SuperGLUE's own files of WSC have a block that the Hub has not.
     return [{**row, **row["target"]} if isinstance(row.get("target"), dict) else row for row in rows]
 

@@ -16,12 +16,12 @@ from typing import Any
 import evaluate
 import torch
 from accelerate.utils import release_memory
+from disk import check_room, last_checkpoint
 from finetune_settings import Finetune
 from grid import read_finished, versions, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import Prompts, answer, collate
 from questions import Example, evenly, hold_out, read_examples
-from retrofit import last_checkpoint
 from settings import SettingsError, one_line_errors, settings_from_command_line
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
@@ -127,6 +127,7 @@ def train(
             model = get_peft_model(model, lora)
         except ValueError as error:  # there are no such modules
             raise SettingsError(f"`lora`: {error}") from error
+    check_room(output, model.num_parameters(only_trainable=True), arguments)
     checkpoint = last_checkpoint(arguments.output_dir)
     arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
     trainer = FireTrainer(
@@ -146,6 +147,7 @@ def train(
         for kind, name in (("train", "loss"), ("eval", "eval_loss"))
     }
     write_json(output / "losses.json", losses)
+    trainer.state.save_to_json(str(output / "trainer_state.json"))
     trained = str(output / "trained")
     if lora is None:
         model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)

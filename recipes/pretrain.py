@@ -26,6 +26,7 @@ from stream import PackedStream, held_out_windows
 from transformers import AutoTokenizer, default_data_collator, set_seed
 
 from modeling_fire import FireForCausalLM
+from modeling_fire.cards import write_card
 
 
 def pretrain(run: Pretrain) -> dict[str, Any]:
@@ -110,6 +111,7 @@ def main() -> None:
             result = {"settings": run.settings, **pretrain(run)}
         if "loss" not in result:
             return
+        write_card(path.parent / "model", results=result)
         write_json(path, result)
     losses = {int(context): loss for context, loss in result["loss"].items()}
     print(f"\nPerplexity of the same held-out tokens, trained at {run.length}, by context")

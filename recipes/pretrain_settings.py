@@ -36,7 +36,7 @@ class Model:
 
 @dataclass
 class Data:
-    """What is read; sources are files or datasets, see `open_documents` in stream.py."""
+    """What is read; sources are files or datasets, see `open_rows` in sources.py."""
 
     train: str | list[str]
     held_out: str | list[str]

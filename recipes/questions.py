@@ -1,13 +1,12 @@
 """Questions on long documents, from files or datasets, whatever format they come in, as examples of one kind."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from datasets.exceptions import DatasetsError
 from settings import SettingsError
-from stream import open_documents
+from sources import READING_ERRORS, open_rows
 
 
 # Tasks of SCROLLS whose inputs have no question before the document.
@@ -34,7 +33,7 @@ def read_examples(source: str | list[str], task: str) -> list[Example]:
     """
     Args:
         source (`str` or `list[str]`):
-            Files or a dataset, see [`~stream.open_documents`], in a format that their columns tell: our own (`id`,
+            Files or a dataset, see [`~sources.open_rows`], in a format that their columns tell: our own (`id`,
             `question`, `document`, `answers`), NarrativeQA's on the Hub, NarrativeQA as whole books (`document`, `qas`
             with `q` and `a`), QMSum's own, or SCROLLS's (`id`, `input`, `output`).
         task (`str`): which task of SCROLLS it is; says how SCROLLS's inputs are parted.
@@ -49,25 +48,23 @@ def read_examples(source: str | list[str], task: str) -> list[Example]:
     documents: dict[str, str] = {}
     number = 0
     try:
-        rows, read = open_rows(source)
+        rows, first = open_rows(source)
+        read = reader(source, first)
         for number, row in enumerate(rows):
             for example in read(number, row, task):
                 if not example.answers or not all(isinstance(each, str) for each in example.answers):
                     raise SettingsError(f"{source}: the example {example.id} has no list of texts as `answers`.")
                 example.document = documents.setdefault(example.document, example.document)
-                first = examples.setdefault(example.id, example)
-                if first is not example:
-                    if (first.question, first.document) != (example.question, example.document):
+                known = examples.setdefault(example.id, example)
+                if known is not example:
+                    if (known.question, known.document) != (example.question, example.document):
                         raise SettingsError(f"{source} has two examples with the id {example.id}.")
-                    first.answers += example.answers
+                    known.answers += example.answers
     except SettingsError:
         raise
-    except StopIteration as error:
-        raise SettingsError(f"{source} is empty.") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingsError(f"{source} is not in the format that its columns tell: row {number}, {error}") from error
-    # What `datasets` raises for what is broken.
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+    except READING_ERRORS as error:
         raise SettingsError(f"{source} cannot be read: {error}") from error
     if not examples:
         raise SettingsError(f"{source} has no examples.")
@@ -161,16 +158,12 @@ READERS: dict[str, Callable[[int, dict[str, Any], str], Rows]] = {
 }
 
 
-def open_rows(source: str | list[str]) -> tuple[Any, Callable[[int, dict[str, Any], str], Rows]]:
-    """The rows of a source, and what reads them."""
-    columns = ""
+def reader(source: str | list[str], columns: Iterable[str]) -> Callable[[int, dict[str, Any], str], Rows]:
+    """What reads rows with these columns."""
     for column, read in READERS.items():
-        try:
-            return open_documents(source, column), read
-        except SettingsError as error:
-            columns = str(error).removesuffix(": set `data.column`.")
-            if columns == str(error):  # there is no such source
-                raise
+        if column in columns:
+            return read
     raise SettingsError(
-        f"{columns}. Questions on documents have one of {', '.join(READERS)}: see recipes/finetune/README.md."
+        f"{source} has the columns {', '.join(columns)}. Questions on documents have one of {', '.join(READERS)}: see "
+        "recipes/finetune/README.md."
     )

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_col
 from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.cards import write_card
 from modeling_fire.conversion import convert
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.training import FireTrainer
@@ -115,6 +116,7 @@ def main() -> None:
             result = {"settings": run.settings, **retrofit(run)}
         if "loss" not in result:
             return
+        write_card(path.parent / "model", results=result)
         write_json(path, result)
     name = Path(run.output_dir).name
     print(f"\nPerplexity of the same held-out tokens, trained at {run.data.length}, by context")

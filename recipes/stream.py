@@ -4,65 +4,18 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from corpus import corpus
-from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HFValidationError
 from settings import SettingsError
+from sources import open_documents
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
-
-from modeling_fire.conversion.text import FORMATS
 
 
 # The tokens of each document, or part of one, in a window.
 Window = list[list[int]]
-
-
-def open_documents(source: str | list[str], column: str) -> datasets.IterableDataset:
-    """
-    The rows of a source, read as they are asked for.
-
-    Args:
-        source (`str` or `list[str]`):
-            Files, of which `*` and `**` may name many: jsonl, json, csv and parquet (also compressed) have a document
-            a row, any other file is one document. Or a dataset of the Hub, as `name`, `name:configuration` or
-            `name:configuration:split`; the split is `train`, if not given. Or `stdlib`, Python's standard library,
-            with the split `held_out`.
-        column (`str`): which column of the rows has the text. Files of plain text have only `text`.
-
-    Raises:
-        SettingsError: if there is no such file or dataset, or its rows have no such column.
-    """
-    patterns = [source] if isinstance(source, str) else source
-    paths = sorted({path for pattern in patterns for path in glob(pattern, recursive=True) if Path(path).is_file()})
-    name, configuration, split = (*patterns[0].split(":"), "", "")[:3]
-    if not paths and name == "stdlib":
-        files = corpus()[split == "held_out"]
-        texts = [file.decode(errors="replace") for file in files]
-        return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
-    if paths:
-        formats = {next((FORMATS[end] for end in Path(path).suffixes if end in FORMATS), "text") for path in paths}
-        if len(formats) > 1:
-            raise SettingsError(f"{source} names files of several kinds ({', '.join(sorted(formats))}): choose one.")
-        options: dict[str, Any] = {"sample_by": "document"} if formats == {"text"} else {}
-        rows = load_dataset(formats.pop(), data_files=paths, split="train", streaming=True, **options)
-    else:
-        try:
-            rows = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        except (DatasetNotFoundError, HFValidationError, OSError, ValueError) as error:
-            raise SettingsError(f"{source} names no file, and cannot be read as a dataset: {error}") from error
-    first = next(iter(rows), None)
-    if first is not None and column not in first:
-        raise SettingsError(f"{source} has no column {column!r}, but {', '.join(first)}: set `data.column`.")
-    return rows
 
 
 def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -84,8 +37,8 @@ class PackedStream(IterableDataset):
     not fill a window begins the first window of the next ones.
 
     Args:
-        source (`str` or `list[str]`): see [`open_documents`].
-        column (`str`): see [`open_documents`].
+        source (`str` or `list[str]`): see [`~sources.open_documents`].
+        column (`str`): see [`~sources.open_documents`].
         tokenizer (`PreTrainedTokenizerBase`): its tokens.
         length (`int`): tokens in a window.
         buffer_size (`int`): documents that are shuffled together.
@@ -196,8 +149,8 @@ def held_out_windows(
     The first `count` windows of `length` tokens that lie within one document each, none overlapping another.
 
     Args:
-        source (`str` or `list[str]`): see [`open_documents`].
-        column (`str`): see [`open_documents`].
+        source (`str` or `list[str]`): see [`~sources.open_documents`].
+        column (`str`): see [`~sources.open_documents`].
         tokenizer (`PreTrainedTokenizerBase`): its tokens.
         length (`int`): tokens in a window.
         count (`int`): how many windows.

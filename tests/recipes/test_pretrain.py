@@ -35,7 +35,8 @@ from disk import last_checkpoint  # noqa: E402
 from pretrain import main, pretrain  # noqa: E402
 from pretrain_settings import Pretrain  # noqa: E402
 from settings import changed, read_fields  # noqa: E402
-from stream import PackedStream, held_out_windows, open_documents, tokenize  # noqa: E402
+from sources import open_documents  # noqa: E402
+from stream import PackedStream, held_out_windows, tokenize  # noqa: E402
 
 
 MODELS = ROOT / "configuration" / "models"
@@ -333,7 +334,10 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
     refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
     refused("no file .*fire-0b.json", model__config="configuration/models/fire-0b.json")
     refused("256 tokens and the model only 100: set `model.changes.vocab_size`", model__changes={"vocab_size": 100})
-    refused("names no file, and cannot be read as a dataset", data__train=str(text / "other.jsonl"))
+    refused("There is no file .*other.jsonl", data__train=str(text / "other.jsonl"))
+    refused("names no file, and cannot be read as a dataset", data__train=str(text / "other"))
+    (tmp_path / "nothing.jsonl").write_text("")
+    refused("nothing.jsonl has no rows", data__train=str(tmp_path / "nothing.jsonl"))
     refused("has no column 'body', but text: set `data.column`", data__column="body")
     refused(r"has \d+ windows of 65 tokens within one document, not 4000", evaluation__num_windows=4000)
     refused(r"holds \d+ windows of 32 tokens; one step takes 8000", batch_size=8000)
