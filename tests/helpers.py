@@ -1,9 +1,19 @@
-"""What several test modules share: tiny configurations and models."""
+"""What several test modules share: tiny configurations and models, and how recipes are run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
+import yaml
 
 from modeling_fire import FireConfig, FireForCausalLM
 
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 # Of TrainingArguments, for a few steps on the CPU that leave nothing behind.
 FEW_STEPS = {
@@ -51,3 +61,21 @@ def tiny_model(model_class=FireForCausalLM, seed: int = 0, attn_implementation: 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Token ids without the special tokens of `tiny_config`."""
     return torch.randint(3, 99, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """As JSON lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def recipe_command(name: str, settings: dict, *changes: str) -> list[str]:
+    """The arguments of Python that run a recipe, whose YAML is written beside its `output_dir`."""
+    path = Path(settings["output_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return [str(ROOT / "recipes" / f"{name}.py"), str(path), *changes]
+
+
+def execute(*arguments: str) -> subprocess.CompletedProcess:
+    """What a Python process with these arguments does, without the Hub."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)

@@ -1,21 +1,15 @@
 """The `fire` command."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from corpus import byte_tokenizer
 from helpers import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.cli import app
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from corpus import byte_tokenizer
 
 
 @pytest.fixture

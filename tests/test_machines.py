@@ -14,15 +14,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from helpers import ROOT
+from pretrain import pretrain
+from pretrain_settings import Pretrain
+from settings import read_fields
 
 
-ROOT = Path(__file__).parents[1]
 LAYOUTS = ROOT / "configuration" / "accelerate"
-sys.path.append(str(ROOT / "recipes"))
-
-from pretrain import pretrain  # noqa: E402
-from pretrain_settings import Pretrain  # noqa: E402
-from settings import read_fields  # noqa: E402
 
 
 ENVIRONMENT = {

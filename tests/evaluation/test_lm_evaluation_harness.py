@@ -4,17 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import tiny_model
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
 from corpus import byte_tokenizer
+from helpers import tiny_model
 
 
 pytest.importorskip("lm_eval", reason="pip install lm_eval to run EleutherAI's harness on a saved model")

@@ -1,20 +1,14 @@
 """Passkey prompts, and the counting of what a model finds of them."""
 
 import random
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from corpus import byte_tokenizer
 
 from modeling_fire.evaluation import passkey_accuracy
 from modeling_fire.evaluation.passkey import NAMES, has_room, passkey_prompt
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-from corpus import byte_tokenizer
 
 
 TOKENIZER = byte_tokenizer()

@@ -2,12 +2,12 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from corpus import byte_tokenizer
 from helpers import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
@@ -15,11 +15,6 @@ from modeling_fire.conversion import ConversionError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
 from modeling_fire.evaluation.loading import EvaluationError, distinct_names
 from modeling_fire.evaluation.report import EvaluationOptions, evaluate, learned_tables, plot_model, tables
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-from corpus import byte_tokenizer
 
 
 TEXT = "".join(f"{n} bottles hang on the wall.\n" for n in range(400))

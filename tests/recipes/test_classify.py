@@ -1,35 +1,29 @@
 """The classification recipe in miniature: what is read of each task, what is learned, kept and refused."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
+import classify as recipe
 import pytest
 import torch
 import yaml
-from helpers import FEW_STEPS, tiny_model
+from checkpoints import llama, save_tokenizer
+from classify_plan import Classify, Examples, Plan, read_rows
+from classify_tasks import TASKS
+from corpus import byte_tokenizer
+from helpers import FEW_STEPS, ROOT, execute, recipe_command, tiny_model, write_rows
 from safetensors.torch import load_file
+from settings import changed, read_fields
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from modeling_fire import FireForSequenceClassification
 
 
-ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "cpu" / "classify"
 SUPERGLUE = ROOT.parent / "shared" / "data" / "superglue"
-sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
-
-import classify as recipe  # noqa: E402
-from checkpoints import llama, save_tokenizer  # noqa: E402
-from classify_plan import Classify, Examples, Plan, read_rows  # noqa: E402
-from classify_tasks import TASKS  # noqa: E402
-from corpus import byte_tokenizer  # noqa: E402
-from settings import changed, read_fields  # noqa: E402
-
-
 # A row of each task with the columns that the Hub has, what the model reads of it, and the name of its class.
 SENTENCES = {"sentence1": "A fox ran.", "sentence2": "It sat.", "idx": 0}
 PREMISE = {"premise": "A fox ran.", "hypothesis": "It sat.", "idx": 0}
@@ -94,11 +88,6 @@ FILES = {
 }
 
 
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def rows_of(count: int, seed: int) -> list[dict]:
     """Questions whose answer is the first letter of the passage."""
     numbers = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -138,18 +127,9 @@ def run(settings: dict, **changes) -> dict:
     return recipe.classify(read_fields(Classify, changed(settings, changes)))
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def execute(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
-
-
 def launch(layout: str, settings: dict) -> subprocess.CompletedProcess:
-    path = Path(settings["output_dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings))
     machine = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/configuration/accelerate/{layout}.yaml"]
-    return execute(*machine, str(ROOT / "recipes" / "classify.py"), str(path))
+    return execute(*machine, *recipe_command("classify", settings))
 
 
 @pytest.mark.parametrize("name", TASKS)

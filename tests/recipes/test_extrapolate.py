@@ -2,25 +2,18 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks
+from extrapolate import Study, at_random_positions
+from grid import half_interval
+from helpers import ROOT, execute, recipe_command
 from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_fire import FireConfig
-
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks  # noqa: E402
-from extrapolate import Study, at_random_positions  # noqa: E402
-from grid import half_interval  # noqa: E402
 
 
 def test_corpus_parts_whole_files():
@@ -64,14 +57,8 @@ def test_tokens_are_bytes(tmp_path):
     assert len(tokenizer) == 256
 
 
-def run(study: dict, folder: Path) -> subprocess.CompletedProcess:
-    (folder / "study.yaml").write_text(yaml.safe_dump(study))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "extrapolate.py"), str(folder / "study.yaml")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )
+def run(study: dict) -> subprocess.CompletedProcess:
+    return execute(*recipe_command("extrapolate", study))
 
 
 @pytest.fixture
@@ -93,7 +80,7 @@ def study(tmp_path):
 def test_run_resume_and_result(study, tmp_path):
     out = tmp_path / "out"
     (out / "FIRE-seed0.unfinished").mkdir(parents=True)  # what a killed run leaves
-    first = run(study, tmp_path)
+    first = run(study)
     assert first.returncode == 0, first.stderr
     assert {path.name for path in out.iterdir()} == {
         "FIRE-seed0",
@@ -109,12 +96,12 @@ def test_run_resume_and_result(study, tmp_path):
 
     written = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
     study["variants"]["ALiBi"] = {"position_bias": "alibi"}
-    second = run(study, tmp_path)
+    second = run(study)
     assert second.returncode == 0, second.stderr
     assert "ALiBi, seed 0" in second.stdout and "RoPE, seed 0" not in second.stdout
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what is finished is not run again"
 
-    third = run({**study, "num_windows": 4}, tmp_path)
+    third = run({**study, "num_windows": 4})
     assert third.returncode == 1 and "was made with other settings: delete it, or choose another" in third.stderr
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
@@ -126,20 +113,20 @@ def test_another_variant_with_other_fields_in_the_test(study, tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0}
     study["variants"] = {"PI": {"from": "RoPE", "rope_parameters": rope}, **study["variants"]}
     study["seeds"] = [0, 1]
-    result = run(study, tmp_path)
+    result = run(study)
     assert result.returncode == 0, result.stderr
     assert "mean of 2 seeds with its 95% confidence interval" in result.stdout
     out = tmp_path / "out"
     assert {path.name for path in (out / "PI-seed1").iterdir()} == {"loss_by_context.json"}, "it is not trained"
     means = json.loads((out / "results.json").read_text())["mean_loss"]
-    assert list(means) == ["FIRE", "PI", "RoPE"] and means["PI"]["32"] != means["RoPE"]["32"]
+    assert list(means) == ["PI", "FIRE", "RoPE"] and means["PI"]["32"] != means["RoPE"]["32"]
 
 
 def test_a_variant_trained_otherwise(study, tmp_path):
     own = {"length": 32, "training": {"max_steps": 3}, "random_positions": 40, "bias_lr_multiplier": 10}
     study["variants"] = {"other": {"position_bias": "kerple_log", **own}}
     study |= {"show": "other", "contexts": [32]}
-    result = run(study, tmp_path)
+    result = run(study)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out" / "other-seed0"
     config = FireConfig.from_pretrained(folder)
@@ -166,7 +153,7 @@ def test_random_positions():
     ],
 )
 def test_wrong_settings_are_refused_before_training(study, tmp_path, changes, message):
-    result = run({**study, **changes}, tmp_path)
+    result = run({**study, **changes})
     assert result.returncode == 2 and message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
 

@@ -1,11 +1,11 @@
 """The fine-tuning recipe in miniature: the formats it reads, what it trains on, what it leaves, what it refuses."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import evaluate
 import pytest
 import torch
 import yaml
-from helpers import tiny_model
+from helpers import ENVIRONMENT, ROOT, execute, recipe_command, tiny_model, write_rows
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -22,15 +22,13 @@ from modeling_fire.evaluation.metrics import metric_path
 
 pytest.importorskip("rouge_score", reason="rouge-score is of the extra `tasks`")
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "recipes"))
 
-from corpus import byte_tokenizer  # noqa: E402
-from finetune import finetune, main  # noqa: E402
-from finetune_settings import Finetune  # noqa: E402
-from prompts import CUE, Prompts, answer, collate  # noqa: E402
-from questions import Example, evenly, hold_out, read_examples  # noqa: E402
-from settings import changed, read_fields  # noqa: E402
+from corpus import byte_tokenizer
+from finetune import finetune, main
+from finetune_settings import Finetune
+from prompts import CUE, Prompts, answer, collate
+from questions import Example, evenly, hold_out, read_examples
+from settings import changed, read_fields
 
 
 DATA = ROOT.parent / "shared" / "data"
@@ -42,11 +40,6 @@ def tokenizer_with_end():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     return tokenizer
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +87,7 @@ def run(settings: dict, **changes) -> dict:
     return finetune(read_fields(Finetune, changed(settings, changes)))
 
 
-def command(settings: dict, *arguments: str) -> list[str]:
-    path = Path(settings["output_dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings))
-    return [str(ROOT / "recipes" / "finetune.py"), str(path), *arguments]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def execute(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+command = partial(recipe_command, "finetune")
 
 
 # The formats.

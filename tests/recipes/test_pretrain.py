@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -15,10 +14,19 @@ from itertools import islice
 from pathlib import Path
 from unittest import mock
 
+import estimate
 import pytest
 import torch
 import yaml
+from corpus import byte_tokenizer
+from disk import last_checkpoint
+from helpers import ENVIRONMENT, ROOT, recipe_command, write_rows
+from pretrain import main, pretrain
+from pretrain_settings import Pretrain
 from safetensors.torch import load_file
+from settings import changed, read_fields
+from sources import open_documents
+from stream import PackedStream, held_out_windows, tokenize
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
@@ -26,27 +34,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from modeling_fire import FireConfig, FireForCausalLM
 
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "recipes"))
-
-import estimate  # noqa: E402
-from corpus import byte_tokenizer  # noqa: E402
-from disk import last_checkpoint  # noqa: E402
-from pretrain import main, pretrain  # noqa: E402
-from pretrain_settings import Pretrain  # noqa: E402
-from settings import changed, read_fields  # noqa: E402
-from sources import open_documents  # noqa: E402
-from stream import PackedStream, held_out_windows, tokenize  # noqa: E402
-
-
 MODELS = ROOT / "configuration" / "models"
 SHAPE = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64}
 SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True}
 
 
-def write_rows(path: Path, texts: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+def write_texts(path: Path, texts: list[str]) -> str:
+    return write_rows(path, [{"text": text} for text in texts])
 
 
 def random_texts(count: int, most: int, seed: int = 0) -> list[str]:
@@ -59,8 +53,8 @@ def random_texts(count: int, most: int, seed: int = 0) -> list[str]:
 def text(tmp_path_factory) -> Path:
     """A folder with documents of 1 to 60 words to train on, and longer ones that are held out."""
     folder = tmp_path_factory.mktemp("text")
-    write_rows(folder / "train.jsonl", random_texts(120, 60))
-    write_rows(folder / "held_out.jsonl", [text for text in random_texts(40, 60, seed=1) if len(text) > 65])
+    write_texts(folder / "train.jsonl", random_texts(120, 60))
+    write_texts(folder / "held_out.jsonl", [text for text in random_texts(40, 60, seed=1) if len(text) > 65])
     (folder / "model.json").write_text(json.dumps(SHAPE))
     return folder
 
@@ -115,7 +109,7 @@ def pieces_of(window: dict[str, torch.Tensor]) -> list[bytes]:
 def test_every_token_once_in_each_pass(tmp_path):
     texts = random_texts(40, 20)
     total = sum(map(len, texts))
-    stream = stream_of(write_rows(tmp_path / "rows.jsonl", texts))
+    stream = stream_of(write_texts(tmp_path / "rows.jsonl", texts))
     passes = math.lcm(total, 16) // total
     assert 1 < passes <= 16, "what is left of a pass begins the next one"
     counts = dict.fromkeys(set("".join(texts)), 0)
@@ -153,7 +147,7 @@ def test_positions_and_labels_keep_documents_apart(text):
 @pytest.mark.parametrize("buffer_size", [1, 7, 1000])
 def test_a_stream_goes_on_where_it_was(tmp_path, buffer_size):
     texts = random_texts(30, 12)
-    source = write_rows(tmp_path / "rows.jsonl", texts)
+    source = write_texts(tmp_path / "rows.jsonl", texts)
     windows, states = [], {}
     stream = stream_of(source, buffer_size=buffer_size)
     for number, window in enumerate(islice(stream, 3 * sum(map(len, texts)) // 16), start=1):
@@ -174,7 +168,7 @@ def test_sources(tmp_path):
     from pyarrow import parquet
 
     texts = random_texts(5, 5)
-    write_rows(tmp_path / "rows.jsonl", texts)
+    write_texts(tmp_path / "rows.jsonl", texts)
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "rows.parquet")
     for number, each in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(each + "\nsecond line")
@@ -196,7 +190,7 @@ def test_documents_end_with_the_end_token(tmp_path):
 
 
 def test_held_out_windows_lie_within_documents(tmp_path):
-    source = write_rows(tmp_path / "rows.jsonl", ["abc", "defghijk", "lm", "nopqrst"])
+    source = write_texts(tmp_path / "rows.jsonl", ["abc", "defghijk", "lm", "nopqrst"])
     windows = held_out_windows(source, "text", byte_tokenizer(), 4, 3)
     assert [bytes(window.tolist()) for window in windows] == [b"defg", b"hijk", b"nopq"]
 
@@ -231,13 +225,8 @@ def test_bfloat16_and_learning_rate_of_the_bias(settings):
     assert all(math.isfinite(loss) for loss in result["train_loss"].values())
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def command(settings: dict, *arguments: str) -> list[str]:
-    path = Path(settings["output_dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings))
-    return [sys.executable, str(ROOT / "recipes" / "pretrain.py"), str(path), *arguments]
+def command(settings: dict, *changes: str) -> list[str]:
+    return [sys.executable, *recipe_command("pretrain", settings, *changes)]
 
 
 def test_killed_and_continued_from_the_command_line(settings, tmp_path):
@@ -266,6 +255,8 @@ def test_killed_and_continued_from_the_command_line(settings, tmp_path):
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("out", "whole")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
     assert f"{math.exp(undisturbed['loss'][64]):.3f}" in resumed.stdout, "the table is what was measured"
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert f"| {math.exp(undisturbed['loss'][64]):.3f} |" in card and "for 40 steps" in card
 
     # What is finished is not run again, and a folder is for one run.
     written = (tmp_path / "out" / "results.json").stat().st_mtime_ns
@@ -341,8 +332,8 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
     refused("has no column 'body', but text: set `data.column`", data__column="body")
     refused(r"has \d+ windows of 65 tokens within one document, not 4000", evaluation__num_windows=4000)
     refused(r"holds \d+ windows of 32 tokens; one step takes 8000", batch_size=8000)
-    refused("holds 0 windows of 32 tokens", data__train=write_rows(tmp_path / "empty.jsonl", ["", ""]))
-    mixed = [str(text / "train.jsonl"), write_rows(tmp_path / "rows.csv", [])]
+    refused("holds 0 windows of 32 tokens", data__train=write_texts(tmp_path / "empty.jsonl", ["", ""]))
+    mixed = [str(text / "train.jsonl"), write_texts(tmp_path / "rows.csv", [])]
     refused(r"files of several kinds \(csv, json\)", data__train=mixed)
     del settings["training"]["max_steps"]
     refused("Set `training.max_steps`")

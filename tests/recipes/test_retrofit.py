@@ -2,28 +2,24 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from checkpoints import bloom, llama, save_tokenizer
+from helpers import ENVIRONMENT, ROOT, execute, recipe_command
+from retrofit import load, retrofit
+from settings import Retrofit, changed, parse_changes, read_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from windows import as_dataset, read_windows, split
 
 from modeling_fire.conversion import CalibrationOptions
-
-
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
-
-from checkpoints import bloom, llama, save_tokenizer  # noqa: E402
-from retrofit import load, retrofit  # noqa: E402
-from settings import Retrofit, changed, parse_changes, read_fields  # noqa: E402
-from windows import as_dataset, read_windows, split  # noqa: E402
 
 
 TEXT = "Once upon a time there was a little fox. It ran through the woods, and the woods were dark and deep. "
@@ -68,17 +64,7 @@ def run(settings: dict, **changes) -> dict:
     return retrofit(read_fields(Retrofit, changed(settings, changes)))
 
 
-def command(settings: dict, *arguments: str) -> list[str]:
-    path = Path(settings["output_dir"]).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(settings))
-    return [str(ROOT / "recipes" / "retrofit.py"), str(path), *arguments]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def execute(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+command = partial(recipe_command, "retrofit")
 
 
 def test_changes_of_settings():
@@ -175,6 +161,8 @@ def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path):
     assert result["settings"]["heal"]["bias_lr_multiplier"] == 3
     means = {context: sum(losses) / len(losses) for context, losses in result["loss"].items()}
     assert f"{math.exp(means['64']):.3f}" in first.stdout, "the table is what was measured"
+    card = (out / "model" / "README.md").read_text()
+    assert f"| {math.exp(means['64']):.3f} |" in card and "for 6 steps" in card and "Proof of the conversion" in card
     # What is evaluated on the way is what is measured in the end.
     assert list(result["eval_loss"]) == ["0", "3", "6"]
     assert result["eval_loss"]["6"] == pytest.approx(means["32"], rel=1e-5)

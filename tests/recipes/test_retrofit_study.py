@@ -2,32 +2,19 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import yaml
+from checkpoints import llama, save_tokenizer
+from helpers import ROOT, execute, recipe_command
+from retrofit_study import Study
+from settings import read_fields
 
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "recipes"), str(ROOT / "tests" / "conversion")]
-
-from checkpoints import llama, save_tokenizer  # noqa: E402
-from retrofit_study import Study  # noqa: E402
-from settings import read_fields  # noqa: E402
-
-
-def run(study: dict, folder: Path, *changes: str) -> subprocess.CompletedProcess:
-    (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "retrofit_study.py"), str(folder / "study.yaml"), *changes],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
+def run(study: dict, *changes: str) -> subprocess.CompletedProcess:
+    return execute(*recipe_command("retrofit_study", study, *changes))
 
 
 @pytest.fixture
@@ -57,7 +44,7 @@ def study(tmp_path) -> dict:
 
 def test_run_resume_and_result(study, tmp_path):
     out, text = tmp_path / "out", f"base.data.text={tmp_path / 'text.txt'}"
-    first = run(study, tmp_path, text)
+    first = run(study, text)
     assert first.returncode == 0, first.stderr
     folders = {f"{variant}-seed{seed}" for variant in study["variants"] for seed in study["seeds"]}
     assert {path.name for path in out.iterdir()} == folders | {"results.json", "perplexity.png", "recovery.png"}
@@ -79,7 +66,7 @@ def test_run_resume_and_result(study, tmp_path):
 
     written = {path: path.stat().st_mtime_ns for path in out.glob("*/results.json")}
     study["variants"]["DroPE"] = {"model": {"config": {"position_bias": "none"}}}
-    second = run(study, tmp_path, text, "seeds=[0]")
+    second = run(study, text, "seeds=[0]")
     assert second.returncode == 0, second.stderr
     assert "DroPE, seed 0" in second.stdout and "FIRE, seed 0" not in second.stdout
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what is finished is not run again"
