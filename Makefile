@@ -60,8 +60,9 @@ test: $(READY)  ## Our tests
 test-transformers: $(READY)  ## transformers' own common model tests, fetched from the package index, on our models
 	$(PYTEST) tests/transformers_common
 
-lint: $(READY)  ## Style and common mistakes
+lint: $(READY)  ## Style, common mistakes and security
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive modeling_fire recipes --severity-level medium --skip B615  # users name the models
 
 types: $(READY)  ## Static types
 	$(BIN)/mypy

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import conversion
+from . import cards, conversion
 from .evaluation import report
 from .evaluation.passkey import NAMES
 
@@ -23,7 +23,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with one line and exit status 1, where its input is at fault."""
     try:
         yield
-    except (conversion.ConversionError, report.EvaluationError) as error:
+    except (cards.CardError, conversion.ConversionError, report.EvaluationError) as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 
@@ -216,6 +216,46 @@ def plot(
         learned = report.plot_model(model, out, positions, text, history)
     typer.echo(report.learned_tables(learned))
     typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model or adapter.")],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Its id on the Hub. [default: the name of FOLDER, or of the run if that is `model`]"),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="What the recipe found. [default: results.json or loss_by_context.json, see below]"),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What `fire evaluate` found. [default: evaluation.json, see below]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. [default: README.md in FOLDER]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a card that was not written by this command.")
+    ] = False,
+) -> None:
+    """
+    Write the model card of a folder, from what the run left there. What is not found is left out.
+
+    Read are, in FOLDER: config.json, adapter_config.json, the weights, conversion.json (`fire convert`),
+    loss_by_context.json, results.json (recipes), evaluation.json and trainer_state.json (Trainer's `save_state`). If
+    FOLDER is called `model`, as recipes leave it, the last three are also looked for beside it, and with them the
+    folder `converted`. Licence and language come from the card that is there, or from that of the model that this one
+    was made of, if it is on this machine. Plots need matplotlib.
+
+    \b
+    Example, a model that was pretrained and measured, on its way to the Hub:
+        fire evaluate outputs/mine/model --text book.txt --out outputs/mine
+        fire card outputs/mine/model --name someone/mine
+    """
+    with one_line_errors():
+        written = cards.write_card(
+            folder, name=name, results=results, evaluation=evaluation, out=out, overwrite=overwrite
+        )
+    typer.echo(f"Wrote {written}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,19 @@ Nothing of this travels with saved models.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modelcard import TrainingSummary
 
+from .cards import Base, Training, write_card
 from .evaluation.attention import learned_scales
 from .modeling_fire import FireModel
 
@@ -75,6 +80,58 @@ class FireTrainer(Trainer):
                 "Distillation takes one process a GPU: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
             )
         teacher.eval()
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """Trainer's. From then on what is pushed on the way has the model's code, which Trainer pushes at the end."""
+        super().init_hf_repo(*args, **kwargs)
+        model: Any = self.model
+        if self.is_world_process_zero() and isinstance(model, PreTrainedModel) and model._auto_class is not None:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            custom_object_save(model, self.args.output_dir)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Trainer's, which `push_to_hub` calls as well, with the card of [`~modeling_fire.cards.write_card`]. Of a model
+        on the Hub, or of a folder, that this one was loaded from, `finetuned_from` need not be told.
+        """
+        if not self.is_world_process_zero():
+            return
+        summary = TrainingSummary.from_trainer(
+            self,
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+            dataset_args=dataset_args,
+        )
+        model: Any = self.accelerator.unwrap_model(self.model)
+        is_adapter = isinstance(model, PeftModel)
+        base = model.get_base_model() if is_adapter else model
+        start = finetuned_from or base.config._name_or_path
+        training = Training(
+            config={**base.config.to_dict(), "architectures": [type(base).__name__]},
+            adapter=model.active_peft_config.to_dict() if is_adapter else None,
+            base=Base.of(start, known=finetuned_from is not None) if start else None,
+            state={"log_history": self.state.log_history, "global_step": self.state.global_step},
+            arguments=self.args.to_dict() | ({"num_train_epochs": None} if self.args.max_steps > 0 else {}),
+            summary=summary,
+        )
+        write_card(self.args.output_dir, name=self.hub_model_id or summary.model_name, training=training)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimiser, with the position bias in groups of its own."""

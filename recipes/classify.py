@@ -22,6 +22,7 @@ from grid import half_interval, read_finished, versions, write_json
 from settings import one_line_errors, settings_from_command_line
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, set_seed
 
+from modeling_fire.cards import write_card
 from modeling_fire.training import FireTrainer
 
 
@@ -41,6 +42,7 @@ def classify(run: Classify) -> dict[int, dict[str, Any]]:
     for seed in unfinished:
         results[seed] = {"settings": run.settings, **train(run, plan, seed)}
         if is_main:
+            write_card(run.folder(seed) / "model", results=results[seed])
             write_json(run.folder(seed) / "results.json", results[seed])
     return results if is_main else {}
 

@@ -26,6 +26,7 @@ from settings import SettingsError, one_line_errors, settings_from_command_line
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
 
+from modeling_fire.cards import write_card
 from modeling_fire.evaluation.metrics import metric_path
 from modeling_fire.training import FireTrainer
 
@@ -181,6 +182,7 @@ def main() -> None:
             result = {"settings": run.settings, **finetune(run)}
         if "scores" not in result:
             return
+        write_card(path.parent / "model", results=result)
         write_json(path, result)
     counts = result["examples"]
     print(f"\n{run.task}: {counts['held_out']} held-out questions, trained on {counts['train']} at {run.data.length}")

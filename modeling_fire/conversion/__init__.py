@@ -25,7 +25,6 @@ from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
 from .bloom import BLOOM
 from .calibrate import Calibration, CalibrationOptions, calibrate_folder, calibration_windows
-from .card import model_card
 from .family import ConversionError, Family
 from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
@@ -112,6 +111,8 @@ def convert(
         [`ConversionError`]: for an architecture, an option or weights that cannot be converted (before anything is
             written), and if the proof fails.
     """
+    from ..cards import Base, write_card  # which import this package
+
     out = Path(out).resolve()
     check_out(out, source, overwrite)
     original = Source.open(source, revision, gguf_file)
@@ -160,7 +161,7 @@ def convert(
             versions=library_versions(),
         )
         (staging / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
-        model_card(original, out.name, record).save(staging / "README.md")
+        write_card(staging, base=Base(original.name, original.on_hub, original.folder))
         if out.exists():
             out.rename(Path(partial) / "replaced")
         staging.rename(out)

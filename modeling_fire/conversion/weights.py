@@ -2,13 +2,15 @@
 
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -41,15 +43,28 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a shard by name. Files are mapped into memory: values are read where they are used."""
+    """
+    The tensors of a shard by name. Files are mapped into memory: values are read where they are used. Raises
+    [`ConversionError`] for a file that is broken, or a pickle of more than tensors: it could run code.
+    """
     if isinstance(shard, Mapping):
         yield from shard.items()
-    elif shard.suffix == ".safetensors":
-        with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (it cannot be iterated over)
-                yield name, file.get_tensor(name)
-    else:
-        yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items()
+        return
+    try:
+        if shard.suffix == ".safetensors":
+            with safe_open(shard, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (it cannot be iterated over)
+                    yield name, file.get_tensor(name)
+        else:
+            mapped = zipfile.is_zipfile(shard)  # files of PyTorch before 1.6 are none
+            yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped).items()
+    except UnpicklingError as error:
+        raise ConversionError(
+            f"{shard.name} is refused: it is broken, or a pickle of more than tensors, which could run code as it is "
+            "read. Take the checkpoint as safetensors."
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise ConversionError(f"{shard.name} cannot be read, and may be incomplete: {error}") from error
 
 
 class WeightMap:

@@ -402,7 +402,7 @@ def test_overwriting_replaces_a_model_whole(source, tmp_path, monkeypatch):
     convert(source, out, rotation="keep")
     (out / "left-over").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "model_card", None)
+        patch.setattr("modeling_fire.cards.write_card", None)
         with pytest.raises(TypeError):
             convert(source, out, overwrite=True)
     assert json.loads((out / "conversion.json").read_text())["rotation"] == "keep" and (out / "left-over").exists()
