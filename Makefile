@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study compare ablate pretrain retrofit-study classify bench bench-model kernels test test-transformers lint types format clean
+.PHONY: help demo study compare ablate pretrain retrofit-study classify bench bench-model kernels docs test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -53,6 +53,9 @@ bench-model: $(READY)  ## A whole FIRE model beside LLaMA: training and generati
 
 kernels: $(READY)  ## Compile every GPU kernel for several GPUs, without one; fails if a hot loop spills registers
 	$(BIN)/python benchmarks/offline_compile.py
+
+docs: $(READY)  ## The API pages, from the docstrings: outputs/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 test: $(READY)  ## Our tests
 	$(PYTEST) --ignore=tests/transformers_common

@@ -11,7 +11,8 @@ from recipes.corpus import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("recipes/*/README.md"))
+PATTERNS = ("*.md", "[a-z]*/README.md", "recipes/*/README.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
@@ -27,7 +28,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert (tmp_path / "outputs/mine/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "configuration/README.md", *RECIPES])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_exist(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
