@@ -236,6 +236,7 @@ def test_options_of_the_conversion_are_checked(tmp_path, options, message):
 
 def test_the_bound_knows_how_far_rounding_goes_in_this_model(tmp_path):
     """Key biases of Qwen2 and a channel of massive activations, which rounding grows in."""
+    torch.manual_seed(0)  # such a model may also be too rough for any proof
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
     reference = qwen2(**sizes, max_position_embeddings=256)
     generator = torch.Generator().manual_seed(1)
