@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from settings import SettingsError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -24,11 +25,11 @@ def corpus(pattern: str | None = None, held_out_share: float = 0.1) -> tuple[lis
         `tuple[list[bytes], list[bytes]]`: the files for training, and the held-out ones, at least one.
 
     Raises:
-        ValueError: if there are fewer than two files.
+        SettingsError: if there are fewer than two files.
     """
     files = python_files() if pattern is None else [Path(name).read_bytes() for name in sorted(glob(pattern))]
     if len(files) < 2:
-        raise ValueError(f"{pattern!r} names {len(files)} files: one to train on and one to test are the least.")
+        raise SettingsError(f"{pattern!r} names {len(files)} files: one to train on and one to test are the least.")
     random.Random(0).shuffle(files)
     num_held_out = max(1, round(len(files) * held_out_share))
     return files[num_held_out:], files[:num_held_out]
@@ -75,9 +76,9 @@ def evaluation_windows(files: list[bytes], length: int, count: int) -> torch.Ten
     `count` windows of `length` tokens, evenly spread over the files that are long enough, none overlapping another.
 
     Raises:
-        ValueError: if the files hold fewer windows.
+        SettingsError: if the files hold fewer windows.
     """
     windows = [as_tokens(file[i : i + length]) for file in files for i in range(0, len(file) - length + 1, length)]
     if len(windows) < count:
-        raise ValueError(f"The held-out files hold only {len(windows)} windows of {length} tokens, not {count}.")
+        raise SettingsError(f"The held-out files hold only {len(windows)} windows of {length} tokens, not {count}.")
     return torch.stack([windows[i * len(windows) // count] for i in range(count)])

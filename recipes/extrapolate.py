@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
-from settings import changed, settings_from_command_line
+from settings import changed, one_line_errors, settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
@@ -152,7 +152,9 @@ def main() -> None:
     study = settings_from_command_line(Study, __doc__)
     start = time.monotonic()
     output = Path(study.output_dir)
-    results = run_grid(jobs(study))
+    with one_line_errors():
+        grid = jobs(study)
+    results = run_grid(grid)
     losses = losses_by_context({variant: results[variant] for variant in study.variants})
     means = mean_losses(losses)
     print(
@@ -161,7 +163,8 @@ def main() -> None:
         + (f"; mean of {len(study.seeds)} seeds with its 95% confidence interval" if len(study.seeds) > 1 else "")
     )
     print_perplexities(losses)
-    write_json(output / "results.json", {"versions": versions(), "study": vars(study), "mean_loss": means})
+    result = {"versions": versions(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses}
+    write_json(output / "results.json", result)
     plot_perplexity_by_context(means, output / "perplexity.png", study.length, "Trained short, tested long")
     print(f"\nWrote {output / 'results.json'} and {output / 'perplexity.png'}.")
 
