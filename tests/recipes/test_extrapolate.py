@@ -163,12 +163,12 @@ def test_wrong_settings_are_refused_before_training(study, tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
-STUDIES = ["demo/demo.yaml", "defaults/study.yaml", "defaults/drift.yaml", "compare/compare.yaml", "ablate/ablate.yaml"]
+STUDIES = ["demo/demo", "defaults/study", "defaults/drift", "compare/compare", "ablate/ablate"]
 
 
 @pytest.mark.parametrize("path", STUDIES)
 def test_shipped_studies_load(path):
-    study = Study(**yaml.safe_load((ROOT / "recipes" / path).read_text()))
+    study = Study(**yaml.safe_load((ROOT / "recipes" / f"{path}.yaml").read_text()))
     for changes in study.variants.values():
         fields = {name: value for name, value in changes.items() if name not in {*OF_ONE_RUN, "from"}}
         FireConfig(**{**study.model, **fields})
