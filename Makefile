@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study compare ablate pretrain retrofit-study classify bench bench-model kernels docs test test-transformers lint types format clean
+.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels docs test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -26,6 +26,9 @@ demo: $(READY)  ## Train FIRE and its rivals at a short length, test them at 16 
 
 study: $(READY)  ## The study behind FIRE's defaults (half an hour on two cores; a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/study.yaml
+
+drift: $(READY)  ## Why FIRE drifts with the public code's choices (an hour on two cores; a killed run continues)
+	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/drift.yaml
 
 compare: $(READY)  ## FIRE and all its rivals, three seeds each, from 1/4 to 16 times the training length (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/compare/compare.yaml
