@@ -27,8 +27,9 @@ demo: $(READY)  ## Train FIRE and its rivals at a short length, test them at 16 
 study: $(READY)  ## The study behind FIRE's defaults (half an hour on two cores; a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/study.yaml
 
-drift: $(READY)  ## Why FIRE drifts with the public code's choices (an hour on two cores; a killed run continues)
+drift: $(READY)  ## Why FIRE drifts with the public code's choices, and what of the training matters (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/drift.yaml
+	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/defaults/regime.yaml
 
 compare: $(READY)  ## FIRE and all its rivals, three seeds each, from 1/4 to 16 times the training length (a killed run continues)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/compare/compare.yaml

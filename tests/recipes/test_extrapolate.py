@@ -163,7 +163,7 @@ def test_wrong_settings_are_refused_before_training(study, tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
-STUDIES = ["demo/demo", "defaults/study", "defaults/drift", "compare/compare", "ablate/ablate"]
+STUDIES = ["demo/demo", "defaults/study", "defaults/drift", "defaults/regime", "compare/compare", "ablate/ablate"]
 
 
 @pytest.mark.parametrize("path", STUDIES)
