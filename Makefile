@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels docs test test-transformers lint types format clean
+.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels examples docs test test-transformers lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -57,6 +57,12 @@ bench-model: $(READY)  ## A whole FIRE model beside LLaMA: training and generati
 
 kernels: $(READY)  ## Compile every GPU kernel for several GPUs, without one; fails if a hot loop spills registers
 	$(BIN)/python benchmarks/offline_compile.py
+
+examples: $(READY)  ## Run the programs of examples/ in turn, and the notebook: under outputs/examples (three minutes on one core)
+	set -e; for program in train_with_trainer load_and_generate lora_with_peft sft_with_trl serve_and_query \
+		long_context_evaluation convert_and_heal own_attention_layer; do \
+		echo "examples/$$program.py"; $(PYTHON_PASSIVE) examples/$$program.py; done
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter execute examples/story.ipynb --output ../outputs/examples/story
 
 docs: $(READY)  ## The API pages, from the docstrings: outputs/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
