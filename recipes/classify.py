@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from classify_plan import Classify, Examples, Plan
 from disk import check_room, last_checkpoint
 from grid import half_interval, read_finished, versions, write_json
@@ -139,6 +140,7 @@ def main() -> None:
     run = settings_from_command_line(Classify, __doc__)
     with one_line_errors():
         results = classify(run)
+        PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
     if not results:
         return
     path = Path(run.output_dir) / "results.json"

@@ -15,6 +15,7 @@ from typing import Any
 
 import evaluate
 import torch
+from accelerate import PartialState
 from accelerate.utils import release_memory
 from disk import check_room, last_checkpoint
 from finetune_settings import Finetune
@@ -180,6 +181,7 @@ def main() -> None:
     if result is None:
         with one_line_errors():
             result = {"settings": run.settings, **finetune(run)}
+            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
         if "scores" not in result:
             return
         write_card(path.parent / "model", results=result)

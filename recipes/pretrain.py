@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from corpus import byte_tokenizer
 from disk import check_room, last_checkpoint
@@ -109,6 +110,7 @@ def main() -> None:
     if result is None:
         with one_line_errors():
             result = {"settings": run.settings, **pretrain(run)}
+            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
         if "loss" not in result:
             return
         write_card(path.parent / "model", results=result)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from disk import check_room, last_checkpoint
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
 from peft import PeftModel, get_peft_model
@@ -114,6 +115,7 @@ def main() -> None:
     if result is None:
         with one_line_errors():
             result = {"settings": run.settings, **retrofit(run)}
+            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
         if "loss" not in result:
             return
         write_card(path.parent / "model", results=result)
