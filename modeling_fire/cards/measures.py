@@ -184,10 +184,11 @@ def eval_results(
 def dataset(measured_on: list[Text]) -> dict[str, Any]:
     """The fields of [`EvalResult`] that name a dataset; of several texts only the first has an id."""
     first = measured_on[0]
+    files = [text.name for text in measured_on if not text.on_hub and text.name != STDLIB_NAME]
     return {
         "dataset_type": first.loader,
         "dataset_name": ", ".join(text.name for text in measured_on),
         "dataset_config": first.configuration if first.on_hub else first.name,  # which tells files from each other
         "dataset_split": first.split,
-        "dataset_args": None if first.on_hub else {"data_files": [text.name for text in measured_on]},
+        "dataset_args": {"data_files": files} if files else None,
     }

@@ -1,5 +1,6 @@
 """What the files of weights tell of a model, without loading it."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,16 +25,15 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def count_parameters(folder: Path) -> tuple[int, set[str]]:
-    """How many there are in the files, buffers of the bias included, and of which types."""
+    """How many there are in the files, and of which types."""
     count, dtypes = 0, set()
     for path in folder.glob("*.safetensors"):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (it cannot be iterated over)
-                part, size = file.get_slice(name), 1
-                for length in part.get_shape():
-                    size *= length
-                count += 0 if name.endswith("position_bias.init_L") else size
+                part = file.get_slice(name)
                 dtypes.add(part.get_dtype())
+                if not name.endswith("position_bias.init_L"):  # a buffer
+                    count += math.prod(part.get_shape())
     return count, dtypes
 
 
