@@ -16,14 +16,18 @@ def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor
     return draw[:, :-1], draw[:, -1]
 
 
-# The start of `f` as a decaying line, `f_h(x) = -psi(d) + small terms that vanish from the training length on`.
+# The start of `f` as decaying curves, `f_h(x) = -d ** r_h`, all heads different: some near-sighted, others not.
 #
-# Unit 0 of the hidden layer is `psi(d)` itself: a start that looks near, as in KERPLE and ALiBi. The other units are
-# hinges `max(0, k - psi(d))` that open towards *short* distances, with `k` spread evenly over those of training. So
-# training is free to shape the bias over the distances that it sees, and beyond them a straight line goes on, not what
-# no data has shaped. All units are 8 times as large, and their output weights as small, as that needs: Adam moves all
-# weights alike, and so they shape `f` faster.
+# Unit 0 of the hidden layer is `psi(d)` itself. The other units are hinges `max(0, k - psi(d))` that open towards
+# *short* distances, with `k` spread evenly over those of training. So training is free to shape the bias over the
+# distances that it sees, and beyond them a straight line goes on, not what no data has shaped. All units are 8 times
+# as large, and their output weights as small, as that needs: Adam moves all weights alike, and so they shape `f` faster.
 UNIT_SCALE = 8.0
+# `r` of the first head and of the last; between them it falls evenly.
+EXPONENTS = (1.5, 0.3)
+# Where it falls by this many units as the distance grows e-fold, a curve does not get steeper. Nothing is seen there,
+# and large weights would cost precision where something is.
+STEEPEST = 64.0
 
 
 def hinge_start(
@@ -36,18 +40,25 @@ def hinge_start(
 
 
 def pass_on_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A second hidden layer: passes unit 0 on, and to no other unit, which would go on beyond the training length."""
-    weight, bias = uniform_start(shape, device)
-    weight[0], weight[:, 0], bias[0] = 0.0, 0.0, 0.0
-    weight[0, 0] = 1.0
-    return weight, bias
+    """A second hidden layer: passes all units on, and mixes those that end at the training length."""
+    weight = 0.01 * uniform_start(shape, device)[0]
+    weight[0], weight[:, 0] = 0.0, 0.0
+    return weight + torch.eye(shape[0], device=device), torch.zeros(shape[0], device=device)
 
 
-def decay_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output layer."""
+def decay_start(
+    step: float, distances: list[float], shape: torch.Size, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output layer: straight lines between `distances`, `step` apart, that of each unit and one beyond."""
     weight = 0.1 * uniform_start(shape, device)[0]
-    weight[:, 0] = -1.0
-    return weight / UNIT_SCALE, torch.zeros(shape[0], device=device)
+    exponents = torch.linspace(*EXPONENTS, shape[0], device=device)[:, None]
+    growth = torch.tensor(distances, device=device) ** exponents
+    curves = -STEEPEST / exponents * torch.log1p(growth * exponents / STEEPEST)
+    slopes = curves.diff(dim=1) / step
+    weight[:, 0] = slopes[:, -1]
+    weight[:, 1:] += slopes.diff(dim=1)
+    at_zero = weight @ (step * torch.arange(shape[1], device=device))
+    return weight / UNIT_SCALE, -at_zero  # a softmax ignores constants, 16-bit numbers do not
 
 
 class Float32Linear(nn.Module):

@@ -100,7 +100,8 @@ class FirePositionBias(PositionBias):
         threshold (`bool`, *optional*, defaults to `True`):
             Whether there is an `L` below which distances keep their scale. If not, the normaliser is `psi(i)`.
         init_f (`str`, *optional*, defaults to `"decay"`):
-            How `f` starts: `"decay"` as a decaying line, or `"uniform"` like any `nn.Linear`, as in public code.
+            How `f` starts: `"decay"` as `-d ** r`, with `r` from 1.5 in the first head to 0.3 in the last, or
+            `"uniform"` like any `nn.Linear`, as in public code.
         train_length (`int`, *optional*, defaults to 2048): length of the training texts in tokens, for `"decay"`.
     """
 
@@ -144,7 +145,9 @@ class FirePositionBias(PositionBias):
             span = reach if transform == "log" else math.log1p(0.1 * train_length)
             normalizer = self._initial_psi(init_L) if threshold else reach if progressive else 1.0
             start_hidden = partial(hinge_start, span, normalizer * span / reach)
-            start_middle, start_output = pass_on_start, decay_start
+            steps = max(1, mlp_width - 1)
+            distances = [self._initial_distance(reach * unit / steps) for unit in range(mlp_width + 1)]
+            start_middle, start_output = pass_on_start, partial(decay_start, span / steps, distances)
         act = nn.ReLU if activation == "relu" else nn.GELU
         layers: list[nn.Module] = [Float32Linear(1, mlp_width, start_hidden), act()]
         if mlp_depth == 2:
@@ -172,6 +175,12 @@ class FirePositionBias(PositionBias):
         if self.transform == "log":
             return math.log1p(self._initial_c * x)
         return x**self._initial_c if self.transform == "power" else x
+
+    def _initial_distance(self, psi: float) -> float:
+        """The distance of an initial `psi`."""
+        if self.transform == "log":
+            return math.expm1(psi) / self._initial_c
+        return psi ** (1 / self._initial_c) if self.transform == "power" else psi
 
     def psi(self, x: torch.Tensor) -> torch.Tensor:
         """The monotone transform of a distance `x >= 0`."""

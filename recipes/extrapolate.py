@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from additions import ADDITIONS
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
 from settings import changed, one_line_errors, settings_from_command_line
@@ -58,6 +59,9 @@ class Study:
         for name in [*named, self.show or trained[0]]:
             if name not in trained:
                 raise ValueError(f"{name!r} is not among the variants that are trained: {', '.join(trained)}.")
+        for name in [changes["addition"] for changes in self.variants.values() if "addition" in changes]:
+            if name not in ADDITIONS:
+                raise ValueError(f"{name!r} is no addition: there are {', '.join(ADDITIONS)}.")
 
     def folder(self, variant: str, seed: int) -> Path:
         return Path(self.output_dir) / f"{variant}-seed{seed}"
@@ -65,8 +69,9 @@ class Study:
 
 # What may change without making a finished run another one.
 NOT_OF_A_RUN = {"output_dir", "variants", "seeds", "show", "prompt"}
-# What a variant may have for itself: fields of the study, and `random_positions`, below which its positions are drawn.
-OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "random_positions"}
+# What a variant may have for itself: fields of the study; `random_positions`, below which its positions are drawn; and
+# the name of an `addition` to the model.
+OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "random_positions", "addition"}
 
 
 def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalLM:
@@ -74,10 +79,12 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     set_seed(seed)
     changes = study.variants[variant]
     own = {name: value for name, value in changes.items() if name in OF_ONE_RUN}
-    reach = own.pop("random_positions", None)
+    reach, addition = own.pop("random_positions", None), own.pop("addition", None)
     study = replace(study, **changed(vars(study), own))
     fields = {name: value for name, value in changes.items() if name not in OF_ONE_RUN}
     model = FireForCausalLM(FireConfig(**{**study.model, "max_position_embeddings": study.length, **fields}))
+    if addition is not None:
+        ADDITIONS[addition](model, study.length)
     print(f"{model.num_parameters():,} parameters", flush=True)
     unfinished = folder.with_name(folder.name + ".unfinished")
     arguments = TrainingArguments(

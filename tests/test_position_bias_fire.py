@@ -223,17 +223,29 @@ def test_loads_the_public_listing(c, multiplier):
     [1, 2],
 )
 @pytest.mark.parametrize("transform", ["log", "identity", "power"])
-def test_f_starts_as_a_straight_line_beyond_the_training_length(mlp_depth, transform):
+def test_f_starts_as_decaying_curves(mlp_depth, transform):
     torch.manual_seed(0)
     bias = FirePositionBias(4, init_L=4096.0, mlp_depth=mlp_depth, transform=transform, train_length=64)
     key = torch.arange(400)[None]
-    actual, distance = bias(FirePositions(key[:, -1:], key[:, -1:], key)), 399.0 - key
-    scale = math.log1p(0.1 * 64) / bias.psi(torch.tensor(64.0))  # the range of the log, whatever the transform
-    expected = (-bias.psi(distance) * scale).expand_as(actual)
-    actual, expected = actual - actual[..., :1], expected - expected[..., :1]  # a softmax ignores constants
-    beyond = distance >= 64
-    assert_close(actual, expected, ulps=64, where=beyond)
-    assert 0.01 < ((actual - expected).abs() * ~beyond).max() < 0.5, "and small terms before, for training to shape"
+    actual, distance = bias(FirePositions(key[:, -1:], key[:, -1:], key))[0, :, 0].flip(-1), key[0].float()
+    assert actual[:, 0].abs().max() < (1e-3 if mlp_depth == 1 else 1)
+    actual = actual - actual[:, :1]  # a softmax ignores constants
+    r = torch.linspace(1.5, 0.3, 4)[:, None]
+    expected = -64 / r * torch.log1p(r * distance**r / 64)  # `-d ** r` as long as that is not steep
+    noise = (actual - expected)[:, [0, 4, 8, 16, 32, 64]].abs().max()
+    assert 0.01 < noise < 0.6, "small terms, for training to shape"
+
+    psi = bias.psi(distance)[64:]
+    slope = (actual[:, -1:] - actual[:, 64:65]) / (psi[-1] - psi[0])
+    line = actual[:, 64:65] + slope * (psi - psi[0])
+    torch.testing.assert_close(actual[:, 64:], line, rtol=1e-5, atol=1e-3)
+
+
+def test_a_width_of_one_starts_as_a_line():
+    bias = FirePositionBias(2, mlp_width=1, init_L=4096.0, train_length=64)
+    distance = torch.tensor([0.0, 64.0])
+    start, end = bias.mlp((bias.psi(distance) / bias.psi(torch.tensor(4096.0)))[:, None])
+    torch.testing.assert_close(end - start, torch.tensor([-106.0, -3.3]), rtol=0.1, atol=0)
 
 
 def test_a_uniform_start_is_that_of_linear_layers():

@@ -11,6 +11,7 @@ from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, traini
 from extrapolate import OF_ONE_RUN, Study, at_random_positions
 from grid import half_interval
 from helpers import ROOT, execute, recipe_command
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainingArguments
 
 from modeling_fire import FireConfig
@@ -126,13 +127,15 @@ def test_another_variant_with_other_fields_in_the_test(study, tmp_path):
 
 def test_a_variant_trained_otherwise(study, tmp_path):
     own = {"length": 32, "training": {"max_steps": 3}, "random_positions": 40, "bias_lr_multiplier": 10}
-    study["variants"] = {"other": {"position_bias": "kerple_log", **own}}
+    own["addition"] = "line"
+    study["variants"] = {"other": {"fire_init_c": 0.5, **own}}
     study |= {"show": "other", "contexts": [32]}
     result = run(study)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "out" / "other-seed0"
     config = FireConfig.from_pretrained(folder)
-    assert (config.position_bias, config.max_position_embeddings) == ("kerple_log", 32)
+    assert (config.fire_init_c, config.max_position_embeddings) == (0.5, 32)
+    assert "model.layers.0.self_attn.position_bias.r" in load_file(folder / "model.safetensors")
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
 
 
@@ -151,6 +154,7 @@ def test_random_positions():
             {"variants": {"FIRE": {}, "PI": {"from": "RoPE"}}},
             "'RoPE' is not among the variants that are trained: FIRE",
         ),
+        ({"variants": {"FIRE": {"addition": "lines"}}}, "'lines' is no addition: there are log scores, line"),
         ({"lenght": 3}, "There is no field `lenght`. Known are output_dir, model"),
         ({"text": "nowhere/*.txt"}, "Error: 'nowhere/*.txt' names 0 files: one to train on"),
         ({"num_windows": 10**6}, "Error: The held-out files hold only"),

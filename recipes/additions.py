@@ -1,0 +1,60 @@
+"""What might keep far keys from taking weight and is not in the paper: for studies, not for models to be kept."""
+
+import math
+
+import torch
+from torch import nn
+
+from modeling_fire import FireForCausalLM, FirePositionBias
+from modeling_fire.position_bias_fire import PositionBias
+from modeling_fire.positions_fire import FirePositions
+
+
+class LogScaled(PositionBias):
+    """A position bias times `log_scale` of the query."""
+
+    def __init__(self, bias: FirePositionBias, length: int):
+        super().__init__()
+        self.bias, self.length = bias, length
+
+    def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
+        return self.bias.compute(positions, dtype) * log_scale(positions.absolute.to(dtype), self.length)[..., None, None]
+
+
+class WithLine(PositionBias):
+    """FIRE less `r_h psi(i - j)`, which no position normalises; `r` starts at 0."""
+
+    def __init__(self, bias: FirePositionBias):
+        super().__init__()
+        self.bias = bias
+        self.r = nn.Parameter(torch.zeros(bias.mlp[2].weight.shape[0]))
+
+    def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
+        line = self.r.to(dtype) * self.bias.psi(positions.distance().to(dtype))[..., None]
+        return self.bias.compute(positions, dtype) - line
+
+
+def log_scale(position: torch.Tensor, length: int) -> torch.Tensor:
+    """`log(i + 1) / log(length)`: 1 for the last query of a training text (arXiv 2202.12172)."""
+    return torch.log(position + 1) / math.log(length)
+
+
+def log_scores(model: FireForCausalLM, length: int) -> None:
+    """Multiplies all scores of a query, the bias included, with `log_scale` of its place in the text."""
+
+    def scale(module: nn.Module, arguments: tuple, queries: torch.Tensor) -> torch.Tensor:
+        position = torch.arange(queries.shape[1], device=queries.device)
+        return queries * log_scale(position, length)[:, None]
+
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(scale)
+        layer.self_attn.position_bias = LogScaled(layer.self_attn.position_bias, length)
+
+
+def line(model: FireForCausalLM, length: int) -> None:
+    """Gives every layer a term that is not normalised."""
+    for layer in model.model.layers:
+        layer.self_attn.position_bias = WithLine(layer.self_attn.position_bias)
+
+
+ADDITIONS = {"log scores": log_scores, "line": line}
