@@ -21,7 +21,7 @@ def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor
 # Unit 0 of the hidden layer is `psi(d)` itself. The other units are hinges `max(0, k - psi(d))` that open towards
 # *short* distances, with `k` spread evenly over those of training. So training is free to shape the bias over the
 # distances that it sees, and beyond them a straight line goes on, not what no data has shaped. All units are 8 times
-# as large, and their output weights as small, as that needs: Adam moves all weights alike, and so they shape `f` faster.
+# as large, and their output weights as small, as that needs: Adam moves all weights alike, so they shape `f` faster.
 UNIT_SCALE = 8.0
 # `r` of the first head and of the last; between them it falls evenly.
 EXPONENTS = (1.5, 0.3)

@@ -18,7 +18,8 @@ class LogScaled(PositionBias):
         self.bias, self.length = bias, length
 
     def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
-        return self.bias.compute(positions, dtype) * log_scale(positions.absolute.to(dtype), self.length)[..., None, None]
+        scale = log_scale(positions.absolute.to(dtype), self.length)
+        return self.bias.compute(positions, dtype) * scale[..., None, None]
 
 
 class WithLine(PositionBias):

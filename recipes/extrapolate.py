@@ -13,75 +13,33 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from additions import ADDITIONS
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
+from disk import check_room
+from extrapolate_settings import NOT_OF_A_RUN, OF_ONE_RUN, Study
 from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
-from settings import changed, one_line_errors, settings_from_command_line
+from settings import SettingsError, one_line_errors, settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.cards import write_card
 from modeling_fire.evaluation import loss_by_context, plot_learned_bias, plot_perplexity_by_context
 from modeling_fire.training import FireTrainer
-
-
-@dataclass
-class Study:
-    """
-    The YAML. `variants` maps a name to the fields of [`FireConfig`] in which it differs from `model`, and may have
-    those of `OF_ONE_RUN` for itself. One that has `from` is not trained: it is the variant of that name, with other
-    fields where it is tested. `training` holds transformers' TrainingArguments.
-    """
-
-    output_dir: str
-    model: dict
-    variants: dict[str, dict]
-    length: int  # of the training texts, in tokens
-    contexts: list[int]  # of the test, in tokens
-    training: dict
-    text: str | None = None  # pattern of the names of text files; None: what Python comes with
-    seeds: list[int] = field(default_factory=lambda: [0])
-    num_windows: int = 64
-    num_targets: int = 64
-    bias_lr_multiplier: float = 1.0  # learning rate of the position bias, as a multiple of the others'
-    bias_weight_decay: float = 0.0  # of the weights of f; its biases, c and L never decay
-    show: str | None = None  # the variant whose biases are drawn and that speaks at the end
-    prompt: str = "def "
-
-    def __post_init__(self):
-        trained = [variant for variant, changes in self.variants.items() if "from" not in changes]
-        named = [changes["from"] for changes in self.variants.values() if "from" in changes]
-        for name in [*named, self.show or trained[0]]:
-            if name not in trained:
-                raise ValueError(f"{name!r} is not among the variants that are trained: {', '.join(trained)}.")
-        for name in [changes["addition"] for changes in self.variants.values() if "addition" in changes]:
-            if name not in ADDITIONS:
-                raise ValueError(f"{name!r} is no addition: there are {', '.join(ADDITIONS)}.")
-
-    def folder(self, variant: str, seed: int) -> Path:
-        return Path(self.output_dir) / f"{variant}-seed{seed}"
-
-
-# What may change without making a finished run another one.
-NOT_OF_A_RUN = {"output_dir", "variants", "seeds", "show", "prompt"}
-# What a variant may have for itself: fields of the study; `random_positions`, below which its positions are drawn; and
-# the name of an `addition` to the model.
-OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "random_positions", "addition"}
 
 
 def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalLM:
     """Trains one variant with transformers' Trainer and saves it, whole or not at all."""
     set_seed(seed)
     changes = study.variants[variant]
-    own = {name: value for name, value in changes.items() if name in OF_ONE_RUN}
-    reach, addition = own.pop("random_positions", None), own.pop("addition", None)
-    study = replace(study, **changed(vars(study), own))
+    reach, addition = changes.get("random_positions"), changes.get("addition")
     fields = {name: value for name, value in changes.items() if name not in OF_ONE_RUN}
+    study = study.of(variant)
     model = FireForCausalLM(FireConfig(**{**study.model, "max_position_embeddings": study.length, **fields}))
     if addition is not None:
         ADDITIONS[addition](model, study.length)
@@ -90,6 +48,7 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     arguments = TrainingArguments(
         output_dir=str(unfinished), seed=seed, data_seed=seed, save_strategy="no", report_to="none", **study.training
     )
+    check_room(folder, model.num_parameters(), arguments)
     trainer = FireTrainer(
         model=model,
         args=arguments,
@@ -120,15 +79,23 @@ def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dic
     if "from" in changes:
         folder = study.folder(changes.pop("from"), seed)
         config = FireConfig.from_dict({**FireConfig.from_pretrained(folder).to_dict(), **changes})
-        model = FireForCausalLM.from_pretrained(folder, config=config)
-    else:
-        model = train(study, variant, seed, study.folder(variant, seed))
-    return {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
+        model = FireForCausalLM.from_pretrained(folder, config=config).to(PartialState().device)
+        return {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
+    folder = study.folder(variant, seed)
+    model = train(study, variant, seed, folder)
+    result = {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
+    if "addition" not in changes:  # which is not saved
+        write_card(folder, results={"settings": vars(study.of(variant)), "versions": versions(), **result})
+    return result
 
 
 def jobs(study: Study) -> list[Job]:
     """One for each variant and seed; first those that are trained."""
-    windows = evaluation_windows(corpus(study.text)[1], max(study.contexts) + 1, study.num_windows)
+    train_files, held_out = corpus(study.text)
+    longest = max(study.of(variant).length for variant in study.variants)
+    if sum(map(len, train_files)) < longest:
+        raise SettingsError(f"The training text is shorter than the {longest} bytes of one of its parts.")
+    windows = evaluation_windows(held_out, max(study.contexts) + 1, study.num_windows)
     shared = {name: value for name, value in vars(study).items() if name not in NOT_OF_A_RUN}
     result = []
     for seed in study.seeds:
@@ -160,8 +127,9 @@ def main() -> None:
     start = time.monotonic()
     output = Path(study.output_dir)
     with one_line_errors():
-        grid = jobs(study)
-    results = run_grid(grid)
+        if PartialState().num_processes > 1 or torch.cuda.device_count() > 1:
+            raise SettingsError("A study runs as one process on one GPU: set CUDA_VISIBLE_DEVICES.")
+        results = run_grid(jobs(study))
     losses = losses_by_context({variant: results[variant] for variant in study.variants})
     means = mean_losses(losses)
     print(

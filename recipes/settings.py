@@ -103,6 +103,18 @@ def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str =
     return fields_class(**read)
 
 
+def check_names(fields_class: type, values: dict[str, Any], where: str) -> None:
+    """
+    What some classes would pass over in silence.
+
+    Raises:
+        SettingsError: if a name in `values`, which stand at `where` in the YAML, is no field of the dataclass.
+    """
+    unknown = set(values) - {each.name for each in dataclasses.fields(fields_class)}
+    if unknown:
+        raise SettingsError(f"{fields_class.__name__} has no fields {', '.join(sorted(unknown))} (in `{where}`).")
+
+
 @dataclass
 class Model:
     """What is converted, and how."""
@@ -117,9 +129,7 @@ class Model:
     def __post_init__(self):
         if self.rotation not in ("drop", "keep"):
             raise ValueError(f"`model.rotation` must be 'drop' or 'keep', got {self.rotation!r}.")
-        unknown = set(self.config) - {each.name for each in dataclasses.fields(FireConfig)}
-        if unknown:
-            raise ValueError(f"FireConfig has no fields {', '.join(sorted(unknown))} (in `model.config`).")
+        check_names(FireConfig, self.config, "model.config")
 
 
 @dataclass

@@ -39,4 +39,5 @@ def test_line():
     with torch.no_grad():
         added.r.copy_(torch.arange(4.0))
         change = added(positions) - bias(positions)
-    torch.testing.assert_close(change, -added.r.detach()[:, None, None] * bias.psi(positions.distance().float())[:, None])
+        psi = bias.psi(positions.distance().float())[:, None]
+    torch.testing.assert_close(change, -added.r.detach()[:, None, None] * psi)
