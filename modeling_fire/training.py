@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modelcard import TrainingSummary
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from .cards import Base, Training, write_card
 from .evaluation.attention import learned_scales
@@ -81,6 +82,12 @@ class FireTrainer(Trainer):
             )
         teacher.eval()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's, without its pickle of the arguments: nothing reads it, and on the Hub pickles are warned of."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def init_hf_repo(self, *args, **kwargs) -> None:
         """Trainer's. From then on what is pushed on the way has the model's code, which Trainer pushes at the end."""
         super().init_hf_repo(*args, **kwargs)
@@ -123,6 +130,8 @@ class FireTrainer(Trainer):
         is_adapter = isinstance(model, PeftModel)
         base = model.get_base_model() if is_adapter else model
         start = finetuned_from or base.config._name_or_path
+        if start and Path(start).resolve() == Path(self.args.output_dir).resolve():
+            start = ""  # trained in place, such as a conversion: the folder has what it was made of
         training = Training(
             config={**base.config.to_dict(), "architectures": [type(base).__name__]},
             adapter=model.active_peft_config.to_dict() if is_adapter else None,

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 from modeling_fire import FireForCausalLM, FireForQuestionAnswering, FireForSequenceClassification
@@ -143,7 +143,17 @@ def test_what_a_training_says(runs):
     assert f"| c, by layer | {learned:.5g}," in trained
     adapter = card_of(runs / "adapter").text
     assert "An adapter for `calibrated`" in adapter and "| rank | 8 |" in adapter and "`position_bias`" in adapter
-    assert "A Text" in card_of(runs / "pretrained").text
+    scratch = card_of(runs / "pretrained").text
+    assert "A Text" in scratch and "trained from scratch" in scratch
+    assert not list(runs.glob("*/training_args.bin"))
+
+
+def test_a_plain_trainer_says_nothing_of_where_it_began(model):
+    """Nor does a folder without `results.json`: a fine-tuned model looks like one that was trained from scratch."""
+    state = TrainerState(global_step=7, log_history=[{"step": 7, "loss": 2.0}])
+    state.save_to_json(str(model / "trainer_state.json"))
+    text = ModelCard.load(write_card(model)).text
+    assert "from scratch" not in text and "Trained for 7 steps" in text
 
 
 def test_what_is_not_known_is_left_out(runs):
@@ -194,10 +204,8 @@ def test_what_the_recipes_leave(model):
     pretrained = {"model": {"config": "a.json"}, "length": 64, "evaluation": {"num_windows": 4, "num_targets": 8}}
     card = ModelCard.load(write_card(model, results={**recipe(**pretrained), **losses, "loss": {64: 2.125}}))
     assert card.data.datasets == ["someone/data"] and card.data.eval_results[0].metric_value == math.exp(2.125)
-    assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_split) == (
-        "someone/data",
-        "held_out",
-    )
+    assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_split) == ("someone/data", None)
+    assert "the same held-out 4 x 8 tokens of [someone/data]" in card.text
     assert "| 5 | 2.2500 | 2.1250 |" in card.text and "trained from scratch" in card.text and "torch 2.13" in card.text
 
     study = {

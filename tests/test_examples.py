@@ -117,11 +117,22 @@ def test_convert_and_heal(run, tmp_path):
     assert re.search(rf"original {PERPLEXITY}, dropped {PERPLEXITY}, fitted {PERPLEXITY}, aligned", printed)
     for name in ("source", "out"):
         assert re.search(rf"^{name}( +{PERPLEXITY}){{4}}$", printed, flags=re.MULTILINE)
+    card = (out / "README.md").read_text()
+    assert "made by `fire convert` and then trained" in card and "It needs training" not in card
 
 
 def test_convert_and_heal_makes_its_own_llama(run, tmp_path):
-    arguments = ["--text", ROOT / "recipes" / "[c-e]*.py", "--length", 64, "--steps", 2, "--out", tmp_path / "out"]
-    assert re.search(rf"^out-from( +{PERPLEXITY}){{4}}$", run("convert_and_heal", *arguments), flags=re.MULTILINE)
+    arguments = [
+        "--text",
+        ROOT / "modeling_fire" / "c*_fire.py",
+        "--length",
+        64,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
+    assert re.search(rf"^out-from( +{PERPLEXITY}){{3}}$", run("convert_and_heal", *arguments), flags=re.MULTILINE)
 
 
 def test_own_attention_layer(run):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..conversion import Calibration, Proof
-from ..conversion.calibrate import SAMPLE
+from ..conversion.calibrate import GIVEN, SAMPLE
 from ..conversion.source import TOKENIZER_FILES
 from ..evaluation import learned_scales
 from ..modeling_fire import FireModel
@@ -65,6 +65,7 @@ def describe(facts: Facts, measured: list[Perplexities], biases: FireModel | Non
     longest = max((context for each in measured for context in each.means()[each.own]), default=None)
     return {
         "fire": facts.is_fire,
+        "biased": config.get("position_bias", "none") != "none",
         "cite": config.get("position_bias") == "fire",
         "head": head,
         "auto_class": auto_class,
@@ -83,6 +84,7 @@ def describe(facts: Facts, measured: list[Perplexities], biases: FireModel | Non
         "task": facts.settings.get("task"),
         "data": [str(text) for text in facts.train_texts()] + (facts.training.data() if facts.training else []),
         "steps": facts.steps,
+        "from_scratch": facts.steps is not None and facts.begins_at_random,
         "length": facts.settings_length,
         "hyperparameters": hyperparameters_of(facts),
         "history": history_table(facts.history()),
@@ -188,7 +190,9 @@ def conversion_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def calibrated_on(text: str) -> str:
-    return "what the source itself wrote" if text == SAMPLE else str(Text.of(text))
+    if text == SAMPLE:
+        return "what the source itself wrote"
+    return text if text == GIVEN else str(Text.of(text))
 
 
 def hyperparameters_of(facts: Facts) -> list[tuple[str, Any]]:
@@ -237,6 +241,7 @@ def perplexity_table(measured: Perplexities) -> dict[str, Any]:
         [f"**{name}**" if name == measured.own else name, *(f"{math.exp(loss):.3f}" for loss in losses.values())]
         for name, losses in means.items()
     ]
+    tokens = f"held-out {tokens}" if measured.held_out else tokens
     caption = f"Perplexity of the same {tokens}{of}, predicted from contexts of each length:"
     return {"caption": caption, "contexts": list(means[measured.own]), "rows": rows}
 

@@ -191,6 +191,11 @@ class Facts:
             return "retrofit"
         return "finetuned" if self.base is not None else "pretrained"
 
+    @property
+    def begins_at_random(self) -> bool:
+        """Whether the files tell so, or the Trainer: that a folder names no base may mean that nobody knows it."""
+        return self.base is None and (bool(self.settings) or self.training is not None)
+
     def find_base(self) -> Base | None:
         model = self.settings.get("model")
         if self.training is not None and self.training.base is not None:
@@ -248,7 +253,7 @@ class Facts:
         sources = data.get("held_out", data.get("validation"))
         if isinstance(sources, (str, list, dict)):
             return texts(sources)
-        return [replace(text, split="held_out") for text in self.train_texts()]  # a share of them
+        return [replace(text, split=None) for text in self.train_texts()]  # a share of them
 
     def perplexities(self, title: str) -> list[Perplexities]:
         """Of the recipe's own test, and of `fire evaluate`; `title` is what this model is to be called."""
@@ -257,7 +262,7 @@ class Facts:
             losses = self.results["mean_loss"].get(title.rpartition("-seed")[0])
         if isinstance(losses, dict):
             counts = self.settings.get("evaluation", self.settings)
-            measured.append(Perplexities(self.held_out_texts(), counts, {title: losses}, title))
+            measured.append(Perplexities(self.held_out_texts(), counts, {title: losses}, title, held_out=True))
         if self.evaluation:
             own, settings = self.own_name(self.evaluation), self.evaluation["settings"]
             by_model = {

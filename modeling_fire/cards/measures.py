@@ -70,12 +70,14 @@ class Perplexities:
         settings (`dict`): `num_windows` and `num_targets`.
         losses (`dict`): by model and context; the mean, or that of each window, in nats per token.
         own (`str`): the model that the card is of.
+        held_out (`bool`): whether the run kept these tokens from its training.
     """
 
     texts: list[Text]
     settings: dict[str, Any]
     losses: dict[str, dict[str, Any]]
     own: str
+    held_out: bool = False
 
     def means(self) -> dict[str, dict[int, float]]:
         """By model and context."""

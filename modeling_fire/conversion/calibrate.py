@@ -37,6 +37,7 @@ HELD_OUT_WINDOWS = 16
 # Bytes that the KV cache may take while text is sampled, and texts that are sampled at once.
 SAMPLE_BYTES, MAX_SAMPLE_BATCH = 2**33, 64
 SAMPLE = "sample"
+GIVEN = "texts given"  # in the record, which would otherwise hold them
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def calibrate_folder(
 def public_name(text: str | Sequence[str]) -> str:
     """What may be said of a text to calibrate on: of a file or a folder its name, and nothing of this machine."""
     if not isinstance(text, str):
-        return "texts given"
+        return GIVEN
     name, colon, configuration = text.partition(":")
     return f"{Path(name).resolve().name}{colon}{configuration}" if Path(name).exists() else text
 

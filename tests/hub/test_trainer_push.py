@@ -1,5 +1,10 @@
 """What Trainer pushes while it trains: every checkpoint loads by its commit, and a training goes on from one."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from clients import IDS, assert_same, files_of, observe, run_program, run_stranger
@@ -47,6 +52,8 @@ def test_in_the_end_the_repository_is_the_folder(hub, work, name):
     repo = hub.repos[f"models/owner/{name}"]
     assert repo.private == (name == "fire-trainer")
     contents = {path: content for path, content in repo.contents().items() if not path.startswith("last-checkpoint")}
+    if name == "fire-trainer":
+        del contents["training_args.bin"]  # which transformers adds to what it pushes on the way
     folder = files_of(work / name)
     assert contents == {path: content for path, content in folder.items() if not path.startswith("checkpoint-")}
     assert contents.keys() >= {"README.md", "model.safetensors", "tokenizer.json", *CODE}
@@ -63,6 +70,20 @@ def test_our_trainer_pushes_models_that_load_on_the_way(hub, work, found):
         assert_same(found["fire-trainer", STEP.format(step)], expected(work / "fire-trainer" / f"checkpoint-{step}"))
     assert "configuration_fire.py" in found["trainer", STEP.format(2)]["message"]
     assert {f"last-checkpoint/{name}" for name in CODE} <= hub.repos["models/owner/fire-trainer"].contents().keys()
+
+
+def test_the_card_of_our_trainer_runs_as_written(hub, tmp_path):
+    """From the training run to a stranger who copies what the card says."""
+    card = hub.repos["models/owner/fire-trainer"].contents()["README.md"].decode()
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert 'from_pretrained("owner/fire-trainer"' in code
+    (tmp_path / "stranger.py").write_text(f'import sys\nsys.modules["modeling_fire"] = None\n{code}')
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}  # the repository is private
+    ran = subprocess.run(
+        [sys.executable, "-I", tmp_path / "stranger.py"], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
 
 
 def test_a_training_goes_on_from_a_checkpoint_on_the_hub(work):
