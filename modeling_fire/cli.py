@@ -154,8 +154,8 @@ def evaluate(
     """
     Measure how models get on with long contexts: perplexity of the same tokens, and retrieval.
 
-    All models have to cut the text into the same tokens; others are refused. Memory grows with the context no faster
-    than the models' own. A GPU is used if there is one.
+    All models have to cut the text into the same tokens; others are refused. Contexts beyond 2048 tokens are read
+    in chunks with a cache: memory is linear in the length. A GPU is used if there is one.
 
     \b
     Example, a model and what became of it, at up to four times the length that it was trained on:

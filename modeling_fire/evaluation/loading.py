@@ -20,16 +20,13 @@ from transformers import (
 )
 
 from ..conversion.text import read_texts, token_windows
+from .errors import EvaluationError
 
 
 # What transformers raises for a checkpoint that is missing, broken, of an unknown kind or of another shape.
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Where the config does not say how long the training texts were (BLOOM, Mamba).
 DEFAULT_TRAIN_LENGTH = 512
-
-
-class EvaluationError(ValueError):
-    """What cannot be evaluated. The message names what is at fault, and what would do."""
 
 
 @dataclass

@@ -3,11 +3,15 @@ How well a causal language model predicts text: the same tokens by the length of
 long text by its position.
 """
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+
+from .errors import EvaluationError
 
 
 @torch.no_grad()
@@ -17,6 +21,7 @@ def loss_by_context(
     contexts: list[int],
     num_targets: int = 64,
     tokens_per_batch: int = 2**15,
+    chunk_size: int = 2048,
 ) -> dict[int, list[float]]:
     """
     The loss of the *same* target tokens, predicted from contexts of different lengths.
@@ -25,7 +30,10 @@ def loss_by_context(
     before the last one, so that the first target has `n - num_targets + 1` tokens before it and the last has `n`. What
     differs between two contexts is thus only how far the model can look back, not what it has to predict.
 
-    Logits are computed for the targets alone, so that memory grows with the context no faster than the model's own.
+    A context of up to `chunk_size` tokens is one forward. A longer one goes through the model in chunks, with a KV
+    cache, so that memory is linear in the context whatever the attention; logits are kept for the targets alone. A
+    recurrent model, whose state goes on by single tokens, reads any context at once, and so does one whose rotation
+    depends on the length of the text (dynamic NTK, LongRoPE): in chunks, cached keys would keep that of their time.
 
     Windows may overlap. With `tokens.unfold(0, context + 1, num_targets)` the targets of one window begin where those
     of the last one end: perplexity by a sliding window, every token with at least `context - num_targets + 1` tokens
@@ -36,13 +44,18 @@ def loss_by_context(
         windows (`torch.LongTensor` of shape `(num_windows, max(contexts) + 1)`): token ids.
         contexts (`list[int]`): lengths in tokens, each at least `num_targets`.
         num_targets (`int`, *optional*, defaults to 64): tokens of each window that count.
-        tokens_per_batch (`int`, *optional*, defaults to 32768): how many tokens one forward takes at the most.
+        tokens_per_batch (`int`, *optional*, defaults to 32768):
+            How many tokens the windows that are read side by side have at the most. A model whose forward cannot leave
+            out logits (no `logits_to_keep`) reads one window at a time.
+        chunk_size (`int`, *optional*, defaults to 2048): how many tokens of a window one forward takes at the most.
 
     Returns:
         `dict[int, list[float]]`: for each context the mean loss of each window, in nats per token.
 
     Raises:
         ValueError: if a context is shorter than the targets, or longer than the windows allow.
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a context takes several chunks and the model returns
+            no KV cache, though it is not recurrent.
     """
     if min(contexts) < num_targets or max(contexts) >= windows.shape[1]:
         raise ValueError(
@@ -57,13 +70,11 @@ def loss_by_context(
     with tqdm(total=len(contexts) * len(windows), desc="evaluating", unit="window", leave=False) as progress:
         for context in sorted(contexts):  # ascending: dynamic NTK does not forget the longest text it has seen
             losses[context] = []
-            batch_size = max(1, tokens_per_batch // context)
+            size = context if rotates_by_length(model) else chunk_size
+            batch_size = max(1, tokens_per_batch // context) if leaves_out_logits(model) else 1
             for inputs, labels in zip(windows.split(batch_size), targets.split(batch_size), strict=True):
-                logits = model(inputs[:, -context - 1 : -1], logits_to_keep=num_targets, use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(
-                    logits.float().flatten(0, 1), labels.flatten(), reduction="none"
-                )
-                losses[context] += loss.view_as(labels).mean(dim=1).tolist()
+                chunks = losses_in_chunks(model, inputs[:, -context - 1 : -1], labels, size)
+                losses[context] += torch.cat(list(chunks), dim=1).mean(dim=1).tolist()
                 progress.update(len(inputs))
     model.train(was_training)
     return {context: losses[context] for context in contexts}
@@ -76,7 +87,8 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
 
     A window goes through the model in chunks, with a KV cache, and the logits of a chunk are gone before the next one:
     memory is linear in the length, and the logits take no more than a chunk's. A recurrent model, whose state goes on
-    by single tokens, reads a window at once, and its logits take the window's length times the vocabulary.
+    by single tokens, reads a window at once, and its logits take the window's length times the vocabulary. Where the
+    rotation depends on the length of the text, it is that of the text up to each chunk, as in `generate`.
 
     Args:
         model (`PreTrainedModel`): any causal language model of transformers.
@@ -88,31 +100,74 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
         has `n + 1` tokens before it.
 
     Raises:
-        ValueError: if the model returns no KV cache, though it is not recurrent.
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a window takes several chunks and the model returns
+            no KV cache, though it is not recurrent.
     """
-    chunked = not model._is_stateful
-    chunk_size = chunk_size if chunked else windows.shape[1]
     was_training = model.training
     model.eval()
     losses = torch.empty(len(windows), windows.shape[1] - 1)
     with tqdm(total=losses.numel(), desc="evaluating", unit="token", leave=False) as progress:
         for window, loss in zip(windows.to(model.device), losses, strict=True):
-            cache: Any = None
-            chunks = zip(
-                window[:-1].split(chunk_size), window[1:].split(chunk_size), loss.split(chunk_size), strict=True
-            )
-            for inputs, labels, chunk_loss in chunks:
-                given = {"past_key_values": cache} if chunked else {}
-                outputs = model(inputs[None], use_cache=chunked, **given)
-                cache = outputs.get("past_key_values")
-                if chunked and cache is None:
-                    raise ValueError(f"{type(model).__name__} returns no KV cache (`past_key_values`).")
-                chunk_loss.copy_(
-                    torch.nn.functional.cross_entropy(outputs.logits[0].float(), labels, reduction="none")
-                )
-                progress.update(len(inputs))
+            end = 0
+            for chunk_loss in losses_in_chunks(model, window[None, :-1], window[None, 1:], chunk_size):
+                start, end = end, end + chunk_loss.shape[1]
+                loss[start:end] = chunk_loss[0]
+                progress.update(end - start)
     model.train(was_training)
     return losses
+
+
+def losses_in_chunks(
+    model: PreTrainedModel, inputs: torch.Tensor, labels: torch.Tensor, chunk_size: int
+) -> Iterator[torch.Tensor]:
+    """
+    Gives texts to a model chunk by chunk, and yields what it loses on the last tokens.
+
+    Args:
+        model (`PreTrainedModel`): in evaluation mode.
+        inputs (`torch.LongTensor` of shape `(batch, length)`): token ids.
+        labels (`torch.LongTensor` of shape `(batch, num_labels)`): the tokens that follow on the last of these.
+        chunk_size (`int`): how many tokens of a text one forward takes; a recurrent model takes all.
+
+    Yields:
+        `torch.Tensor` of shape `(batch, labels of the chunk)`: in nats, float32; of no label for the chunks before
+        them. Side by side they are the loss of all labels.
+
+    Raises:
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if there are several chunks, and no KV cache.
+    """
+    remaining, num_labels = inputs.shape[1], labels.shape[1]
+    chunk_size = remaining if model._is_stateful else chunk_size
+    given: dict[str, Any] = {"use_cache": remaining > chunk_size}
+    for chunk in inputs.split(chunk_size, dim=1):
+        remaining -= chunk.shape[1]
+        count = max(0, min(chunk.shape[1], num_labels - remaining))
+        if leaves_out_logits(model):
+            given["logits_to_keep"] = max(1, count)  # 0 would be all
+        outputs = model(chunk, **given)
+        logits = outputs.logits[:, outputs.logits.shape[1] - count :].float()
+        expected = labels[:, num_labels - remaining - count : num_labels - remaining]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), expected.flatten(), reduction="none")
+        if remaining:
+            given["past_key_values"] = outputs.get("past_key_values")
+            if given["past_key_values"] is None:
+                raise EvaluationError(
+                    f"{type(model).__name__} returns no KV cache (`past_key_values`), so that it can read no more "
+                    f"than {chunk_size} tokens: take contexts up to that."
+                )
+        del outputs, logits  # before the next forward
+        yield loss.view_as(expected)
+
+
+def rotates_by_length(model: PreTrainedModel) -> bool:
+    """Whether the rotation of all tokens depends on how many there are."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("rope_type") in ("dynamic", "longrope")
+
+
+def leaves_out_logits(model: PreTrainedModel) -> bool:
+    """Whether the model computes the logits of the last tokens alone, if asked (xLSTM, ProphetNet do not)."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def bin_positions(losses: torch.Tensor, bins_per_doubling: int = 2) -> dict[int, list[float]]:

@@ -7,7 +7,18 @@ import torch
 from helpers import random_ids, tiny_config, tiny_model
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
 
 from modeling_fire import FireModel
 from modeling_fire.evaluation import (
@@ -20,24 +31,44 @@ from modeling_fire.evaluation import (
     plot_perplexity_by_context,
     plot_perplexity_by_position,
 )
+from modeling_fire.evaluation.errors import EvaluationError
 
 
-def llama():
+def llama(**changes):
     config = tiny_config()
     shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in shape}))
+    return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in shape}, **changes))
 
 
 def mamba():
     return MambaForCausalLM(MambaConfig(vocab_size=tiny_config().vocab_size, hidden_size=32, num_hidden_layers=2))
 
 
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=tiny_config().vocab_size, hidden_size=32, n_layer=2, n_head=4))
+
+
+class Plain(PreTrainedModel):
+    """A causal language model that takes token ids and gives logits, and does nothing else."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self):
+        super().__init__(PreTrainedConfig())
+        self.embed = torch.nn.Embedding(99, 16)
+        self.head = torch.nn.Linear(16, 99)
+
+    def forward(self, input_ids, use_cache=False):
+        return CausalLMOutput(logits=self.head(self.embed(input_ids).cumsum(dim=1)))
+
+
 @pytest.mark.parametrize("build", [tiny_model, llama, mamba], ids=["fire", "llama", "mamba"])
+@pytest.mark.parametrize("chunk_size", [5, 16, 100])
 @torch.no_grad()
-def test_loss_of_the_same_targets_by_context(build):
+def test_loss_of_the_same_targets_by_context(build, chunk_size):
     model = build().train()
     windows = random_ids(5, 33)
-    losses = loss_by_context(model, windows, [8, 20, 32], num_targets=8, tokens_per_batch=50)
+    losses = loss_by_context(model, windows, [8, 20, 32], num_targets=8, tokens_per_batch=50, chunk_size=chunk_size)
     assert model.training, "the mode is left as it was"
     model.eval()
     for context, by_window in losses.items():
@@ -90,13 +121,70 @@ def test_logits_are_never_there_for_more_than_a_chunk():
     assert lengths == [8, 8]
 
 
-def test_a_model_without_a_cache_is_refused():
-    model = tiny_model()
-    with (
-        mock.patch.object(model, "forward", return_value={"logits": None}),
-        pytest.raises(ValueError, match="FireForCausalLM returns no KV cache"),
-    ):
-        loss_by_position(model, random_ids(1, 9))
+@pytest.mark.parametrize("context, computed", [(40, [1, 1, 8]), (49, [1, 1, 7, 1])])
+def test_chunks_without_targets_have_one_logit(context, computed):
+    model, lengths = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    loss_by_context(model, random_ids(1, 50), [context], num_targets=8, chunk_size=16)
+    assert lengths == computed
+
+
+def test_a_rotation_that_depends_on_the_length_is_that_of_the_whole_context():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model, windows = llama(rope_parameters=rope, max_position_embeddings=16), random_ids(2, 50)
+    assert loss_by_context(model, windows, [49], 8, chunk_size=16) == loss_by_context(model, windows, [49], 8)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    "build",
+    [bloom, lambda: llama(attn_implementation="eager"), lambda: tiny_model(attn_implementation="eager")],
+    ids=["bloom", "llama", "fire"],
+)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model, windows: loss_by_context(model, windows, [windows.shape[1] - 1], chunk_size=64),
+        lambda model, windows: loss_by_position(model, windows, chunk_size=64),
+    ],
+    ids=["by-context", "by-position"],
+)
+def test_memory_is_linear_in_the_context_though_attention_is_not(build, measure):
+    model, largest = build(), {}
+    for context in (512, 1024):
+        with LargestTensor() as tensors:
+            measure(model, random_ids(1, context + 1))
+        largest[context] = tensors.numel
+    assert largest[1024] == 2 * largest[512]
+
+
+@torch.no_grad()
+def test_a_model_that_gives_all_logits_and_no_cache():
+    model, windows = Plain(), random_ids(3, 33)
+    losses = torch.nn.functional.cross_entropy(
+        model(windows[:, :-1]).logits.transpose(1, 2), windows[:, 1:], reduction="none"
+    )
+    [by_context] = loss_by_context(model, windows, [32], num_targets=8).values()
+    assert by_context == pytest.approx(losses[:, -8:].mean(dim=1).tolist())
+    torch.testing.assert_close(loss_by_position(model, windows), losses)
+    message = "Plain returns no KV cache .* can read no more than 16 tokens: take contexts up to that"
+    with pytest.raises(EvaluationError, match=message):
+        loss_by_context(model, windows, [32], num_targets=8, chunk_size=16)
+    with pytest.raises(EvaluationError, match=message):
+        loss_by_position(model, windows, chunk_size=16)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 16, 100])

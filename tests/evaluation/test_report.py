@@ -9,7 +9,16 @@ import pytest
 import torch
 from corpus import byte_tokenizer
 from helpers import tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from modeling_fire.conversion import ConversionError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
@@ -219,6 +228,15 @@ def test_the_biases_of_mpt_have_no_end(folder, tmp_path):
     result = evaluate([str(tmp_path)], options(folder, by_position=True))
     assert result["settings"]["contexts"] == [32, 64, 128, 256]
     assert set(result["models"][tmp_path.name]["loss_by_context"]) == {32, 64, 128, 256}
+
+
+def test_a_model_without_a_cache_is_refused_beyond_one_forward(folder, tmp_path):
+    config = OpenAIGPTConfig(vocab_size=256, n_embd=32, n_layer=1, n_head=1, n_positions=4096)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    evaluate([str(tmp_path)], options(folder, contexts=[64], by_position=True))
+    with pytest.raises(EvaluationError, match=r"OpenAIGPTLMHeadModel returns no KV cache .* more than 2048 tokens"):
+        evaluate([str(tmp_path)], options(folder, contexts=[2049]))
 
 
 def test_a_history_is_drawn(folder, tmp_path):
