@@ -25,10 +25,10 @@ class LogScaled(PositionBias):
 class WithLine(PositionBias):
     """FIRE less `r_h psi(i - j)`, which no position normalises; `r` starts at 0."""
 
-    def __init__(self, bias: FirePositionBias):
+    def __init__(self, bias: FirePositionBias, num_heads: int):
         super().__init__()
         self.bias = bias
-        self.r = nn.Parameter(torch.zeros(bias.mlp[2].weight.shape[0]))
+        self.r = nn.Parameter(torch.zeros(num_heads))
 
     def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
         line = self.r.to(dtype) * self.bias.psi(positions.distance().to(dtype))[..., None]
@@ -55,7 +55,7 @@ def log_scores(model: FireForCausalLM, length: int) -> None:
 def line(model: FireForCausalLM, length: int) -> None:
     """Gives every layer a term that is not normalised."""
     for layer in model.model.layers:
-        layer.self_attn.position_bias = WithLine(layer.self_attn.position_bias)
+        layer.self_attn.position_bias = WithLine(layer.self_attn.position_bias, model.config.num_attention_heads)
 
 
 ADDITIONS = {"log scores": log_scores, "line": line}

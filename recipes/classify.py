@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from classify_plan import Classify, Examples, Plan
-from disk import check_room, last_checkpoint
+from classify_plan import Examples, Plan
+from classify_settings import Classify
+from disk import check_room, last_checkpoint, train_from
 from grid import half_interval, read_finished, versions, write_json
 from settings import one_line_errors, settings_from_command_line
+from training_arguments import blamed_on
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from modeling_fire.cards import write_card
@@ -54,19 +56,20 @@ def train(run: Classify, plan: Plan, seed: int) -> dict[str, Any]:
     set_seed(seed)
     model = start(run, plan)
     check_room(folder, model.num_parameters(), arguments)
-    trainer = FireTrainer(
-        model,
-        arguments,
-        train_dataset=plan.train.dataset,
-        eval_dataset={name: examples.dataset for name, examples in plan.validation.items()},
-        data_collator=DataCollatorWithPadding(plan.tokenizer),
-        processing_class=plan.tokenizer,
-        bias_lr_multiplier=run.bias_lr_multiplier,
-    )
+    with blamed_on("training"):
+        trainer = FireTrainer(
+            model,
+            arguments,
+            train_dataset=plan.train.dataset,
+            eval_dataset={name: examples.dataset for name, examples in plan.validation.items()},
+            data_collator=DataCollatorWithPadding(plan.tokenizer),
+            processing_class=plan.tokenizer,
+            bias_lr_multiplier=run.bias_lr_multiplier,
+        )
     # The heads take `**kwargs` but do not divide their loss by the `num_items_in_batch` that Trainer hands over then:
     # gradients would grow with processes and accumulation (huggingface/transformers issue 47688).
     trainer.model_accepts_loss_kwargs = False
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments.output_dir))
+    train_from(trainer, last_checkpoint(arguments.output_dir))
     measured = {name: measure(trainer, plan, examples) for name, examples in plan.validation.items()}
     unfinished = folder / "model.unfinished"
     trainer.save_model(str(unfinished))

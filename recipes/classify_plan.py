@@ -1,81 +1,16 @@
-"""The YAML of a classification run, and all that is known of the run before any work is done."""
+"""What a classification run is made of: all that is known of it before any work is done."""
 
-import dataclasses
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from classify_settings import Classify
 from classify_tasks import TASKS, Row, Task
 from datasets import Dataset
+from pretrained import open_pretrained
 from settings import SettingsError
 from sources import READING_ERRORS, open_rows
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
-
-from modeling_fire.evaluation.loading import LOADING_ERRORS
-
-
-@dataclass
-class Data:
-    """
-    What is trained and measured on: files (jsonl, json, csv, parquet), or datasets of the Hub as
-    `name:configuration:split`. `validation` may map names to several, each of which is measured.
-    """
-
-    train: str | list
-    validation: str | list | dict | None = None
-    held_out: float | None = None  # instead of `validation`: share of the rows of `train`, at their end
-
-    def __post_init__(self):
-        if (self.validation is None) == (self.held_out is None):
-            raise ValueError("Set one of `data.validation` and `data.held_out`.")
-        if self.held_out is not None and not 0 < self.held_out < 1:
-            raise ValueError(f"`data.held_out` is a share of the rows, between 0 and 1, got {self.held_out}.")
-
-
-@dataclass
-class Classify:
-    """The YAML. `training` holds transformers' TrainingArguments."""
-
-    output_dir: str
-    task: str  # a name in TASKS
-    model: str  # folder or Hub id, of FIRE or another model
-    data: Data
-    length: int  # tokens that the model reads at the most
-    training: dict
-    seeds: list[int] = field(default_factory=lambda: [0])  # of the new head, the order of the rows, and dropout
-    random_start: bool = False  # only shape and tokenizer of the model, for comparison
-    bias_lr_multiplier: float = 1.0  # learning rate of the position bias, as a multiple of the others'
-
-    def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"There is no task {self.task!r}. Known are {', '.join(TASKS)}.")
-        unknown = set(self.training) - {each.name for each in dataclasses.fields(TrainingArguments)}
-        if unknown:
-            raise ValueError(f"TrainingArguments has no fields {', '.join(sorted(unknown))} (in `training`).")
-        for name in ("output_dir", "seed"):
-            if name in self.training:
-                raise ValueError(f"Leave out `training.{name}`: it follows from `output_dir` and `seeds`.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"`seeds` is a list of different numbers, got {self.seeds}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that the result of a seed depends on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "seeds")}
-
-    def folder(self, seed: int) -> Path:
-        return Path(self.output_dir) / f"seed{seed}"
-
-    def arguments(self, seed: int) -> TrainingArguments:
-        given = {
-            "use_cpu": not torch.accelerator.is_available(),  # else processes without GPUs would not find each other
-            "report_to": "none",
-            "save_strategy": "no",
-            **self.training,
-        }
-        return TrainingArguments(output_dir=str(self.folder(seed) / "checkpoints"), seed=seed, **given)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -211,11 +146,7 @@ def open_model(source: str, task: Task) -> tuple[PreTrainedConfig, PreTrainedTok
     Raises:
         ValueError: if they cannot be loaded, do not fit each other, or if it classifies into other classes.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"`model`: {source} cannot be loaded: {error}") from error
+    config, tokenizer = open_pretrained(source, "model")
     num_labels = max(1, len(task.labels))
     trained_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     if trained_head and config.num_labels != num_labels:
@@ -223,8 +154,6 @@ def open_model(source: str, task: Task) -> tuple[PreTrainedConfig, PreTrainedTok
             f"{source} has a head for {config.num_labels} labels, and {task.configuration} has {num_labels}: take the "
             "model that this one was made of."
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"The tokenizer of {source} has {len(tokenizer)} tokens, the model {config.vocab_size}.")
     if tokenizer.pad_token is None:
         # One of its own: the head reads the last token that is not this one.
         tokenizer.add_special_tokens({"pad_token": "<pad>"})

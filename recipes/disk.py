@@ -1,24 +1,38 @@
-"""What is on the disk: the checkpoint that a run goes on from, and the room for those to come."""
+"""What is on the disk: the checkpoint that a run goes on from, how it does, and the room for those to come."""
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from settings import SettingsError
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The last one that is whole and has steps left: resumed at the end, Trainer would take one step too many."""
+    """The last one that is whole. It may be that of the last step, which [`train_from`] knows how to go on from."""
     steps = {}
     for path in Path(folder).glob("*/trainer_state.json"):
         try:
             state = TrainerState.load_from_json(str(path))
         except (json.JSONDecodeError, TypeError):  # half a file, which a killed run or a full disk leaves
             continue
-        if state.global_step < state.max_steps:
-            steps[path.parent] = state.global_step
+        steps[path.parent] = state.global_step
     return str(max(steps, key=steps.__getitem__)) if steps else None
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> None:
+    """
+    `trainer.train`, from a checkpoint that [`last_checkpoint`] found, if any. With that of the last step, Trainer
+    would take one step too many: here it loads the model and its history, and ends as after a training.
+    """
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            loaded: Any = trainer
+            first = trainer.set_initial_training_values
+            loaded.set_initial_training_values = lambda *given: (0, *first(*given)[1:])  # a training of 0 epochs
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def check_room(folder: Path, num_parameters: int, arguments: TrainingArguments) -> None:

@@ -17,15 +17,17 @@ import evaluate
 import torch
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from disk import check_room, last_checkpoint
+from disk import check_room, last_checkpoint, train_from
 from finetune_settings import Finetune
 from grid import read_finished, versions, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
+from pretrained import open_pretrained
 from prompts import Prompts, answer, collate
 from questions import Example, evenly, hold_out, read_examples
 from settings import SettingsError, one_line_errors, settings_from_command_line
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments, set_seed
+from training_arguments import blamed_on
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
 from modeling_fire.cards import write_card
 from modeling_fire.evaluation.metrics import metric_path
@@ -37,11 +39,7 @@ def finetune(run: Finetune) -> dict[str, Any]:
     # 1. What is wrong with the settings or the data shows before any work.
     output, arguments, evaluation = Path(run.output_dir), run.arguments(), run.evaluation
     read_finished(output / "settings.json", run.settings)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(run.model.source, revision=run.model.revision)
-        dtype = AutoConfig.from_pretrained(run.model.source, revision=run.model.revision).dtype
-    except (OSError, ValueError) as error:  # which may say what went wrong, and not with what
-        raise SettingsError(f"There is no model in {run.model.source} (`model.source`): {error}") from error
+    config, tokenizer = open_pretrained(run.model.source, "model.source", revision=run.model.revision)
     try:
         metric, lora = evaluate.load(metric_path("scrolls"), run.task), lora_config(run)
     except (ImportError, TypeError, ValueError) as error:
@@ -62,7 +60,7 @@ def finetune(run: Finetune) -> dict[str, Any]:
 
     # 2. Train and save, unless that is done.
     if not (output / "model").exists():
-        train(run, arguments, lora, features, eval_features, tokenizer, dtype)
+        train(run, arguments, lora, features, eval_features, tokenizer, config.dtype)
         release_memory()  # of the optimiser: the answers need the room
     arguments.distributed_state.wait_for_everyone()
 
@@ -125,22 +123,21 @@ def train(
     set_seed(arguments.seed)  # where LoRA starts
     model: Any = load(run)
     if lora is not None:
-        try:
+        with blamed_on("lora"):  # if there are no such modules
             model = get_peft_model(model, lora)
-        except ValueError as error:  # there are no such modules
-            raise SettingsError(f"`lora`: {error}") from error
     check_room(output, model.num_parameters(only_trainable=True), arguments)
     checkpoint = last_checkpoint(arguments.output_dir)
     arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
-    trainer = FireTrainer(
-        model,
-        arguments,
-        train_dataset=features,
-        eval_dataset=eval_features or None,
-        data_collator=collate,
-        bias_lr_multiplier=run.bias_lr_multiplier,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with blamed_on("training"):
+        trainer = FireTrainer(
+            model,
+            arguments,
+            train_dataset=features,
+            eval_dataset=eval_features or None,
+            data_collator=collate,
+            bias_lr_multiplier=run.bias_lr_multiplier,
+        )
+    train_from(trainer, checkpoint)
     trainer.save_model(str(output / "trained"))
     if not trainer.is_world_process_zero():
         return

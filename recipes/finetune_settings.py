@@ -1,12 +1,11 @@
 """The YAML of a fine-tuning run."""
 
-import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from settings import SettingsError
+from training_arguments import training_arguments
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -51,9 +50,6 @@ class Finetune:
     bias_lr_multiplier: float = 1.0  # learning rate of the position bias, as a multiple of the others'
 
     def __post_init__(self):
-        unknown = set(self.training) - {each.name for each in dataclasses.fields(TrainingArguments)}
-        if unknown:
-            raise ValueError(f"TrainingArguments has no fields {', '.join(sorted(unknown))} (in `training`).")
         share = self.data.held_out
         if isinstance(share, (int, float)) and not 0 < share < 1:
             raise ValueError(f"`data.held_out` must be a source or lie between 0 and 1, got {share}.")
@@ -71,17 +67,7 @@ class Finetune:
 
     def arguments(self) -> TrainingArguments:
         """Raises [`SettingsError`] for what is wrong with `training`."""
-        given = {
-            "output_dir": str(Path(self.output_dir) / "checkpoints"),
-            "use_cpu": not torch.accelerator.is_available(),  # else processes without GPUs would not find each other
-            "report_to": "none",
-            "save_strategy": "no",
-            **self.training,
-        }
-        try:
-            arguments = TrainingArguments(**given)
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"`training`: {error}") from error
+        arguments = training_arguments(Path(self.output_dir), self.training)
         if is_deepspeed_zero3_enabled():
             raise SettingsError("ZeRO-3 shards what this recipe saves and evaluates by itself: take FSDP2.")
         return arguments

@@ -16,15 +16,14 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from corpus import byte_tokenizer
-from disk import check_room, last_checkpoint
+from disk import check_room, last_checkpoint, train_from
 from estimate import on_meta
 from grid import print_perplexities, read_finished, versions, write_json
 from pretrain_settings import Pretrain, check_shape
 from pretrain_trainer import PretrainTrainer
 from settings import one_line_errors, settings_from_command_line
 from stream import PackedStream, held_out_windows
-from transformers import AutoTokenizer, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.cards import write_card
@@ -36,7 +35,7 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
     output = Path(run.output_dir)
     arguments = run.arguments()
     read_finished(output / "settings.json", run.settings)
-    tokenizer = byte_tokenizer() if run.tokenizer == "bytes" else AutoTokenizer.from_pretrained(run.tokenizer)
+    tokenizer = run.load_tokenizer()
     config = run.config(tokenizer)
     check_room(output, on_meta(config).num_parameters(), arguments)
     checkpoint, state = last_checkpoint(arguments.output_dir), None
@@ -71,7 +70,7 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
         processing_class=tokenizer,
         bias_lr_multiplier=run.bias_lr_multiplier,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
 
     # 3. Measure and save.
     if arguments.max_steps not in eval_losses(trainer):

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-from settings import SettingsError
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from corpus import byte_tokenizer
+from huggingface_hub.errors import StrictDataclassError
+from settings import SettingsError, check_names
+from training_arguments import training_arguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_fire import FireConfig
 
@@ -18,6 +21,8 @@ OF_THE_MACHINE = {
     "per_device_train_batch_size",
     "use_cpu",
     "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
     "gradient_checkpointing",
     "disable_tqdm",
     "report_to",
@@ -68,20 +73,18 @@ class Pretrain:
     bias_lr_multiplier: float = 1.0  # learning rate of the position bias, as a multiple of the others'
 
     def __post_init__(self):
-        for name, values, fields_class in (
-            ("model.changes", self.model.changes, FireConfig),
-            ("training", self.training, TrainingArguments),
-        ):
-            unknown = set(values) - {each.name for each in dataclasses.fields(fields_class)}
-            if unknown:
-                raise ValueError(f"{fields_class.__name__} has no fields {', '.join(sorted(unknown))} (in `{name}`).")
+        check_config_names(self.model.changes, "model.changes")
+        check_names(TrainingArguments, self.training, "training")
         for name in ("output_dir", "gradient_accumulation_steps"):
             if name in self.training:
                 raise ValueError(f"Leave out `training.{name}`: it follows from `output_dir` and `batch_size`.")
         if self.training.get("dataloader_num_workers"):
             raise ValueError("Leave out `training.dataloader_num_workers`: the main process reads the stream.")
-        if "max_steps" not in self.training:
-            raise ValueError("Set `training.max_steps`: the stream has no end.")
+        steps = self.training.get("max_steps")
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(
+                f"Set `training.max_steps` to a whole number, 1 or more, got {steps}: the stream has no end."
+            )
         contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
         if min(contexts) < num_targets:
             raise ValueError(f"`evaluation.num_targets` ({num_targets}) do not fit into contexts of {contexts}.")
@@ -94,14 +97,11 @@ class Pretrain:
 
     def arguments(self) -> TrainingArguments:
         """With as many steps of accumulation as the processes need for `batch_size`."""
-        given = {
-            "output_dir": str(Path(self.output_dir) / "checkpoints"),
-            "use_cpu": not torch.accelerator.is_available(),  # else processes without GPUs would not find each other
-            "report_to": "none",
-            "ignore_data_skip": True,  # the stream itself begins where it was
-            **self.training,
-        }
-        arguments = TrainingArguments(**given)
+        # The stream itself begins where it was.
+        given = {"save_strategy": "steps", "ignore_data_skip": True, **self.training}
+        arguments = training_arguments(Path(self.output_dir), given)
+        if arguments.per_device_train_batch_size < 1:
+            raise SettingsError("`training.per_device_train_batch_size` must be at least 1.")
         if arguments.n_gpu > 1:  # Trainer would take torch's DataParallel
             raise SettingsError(
                 f"One process has {arguments.n_gpu} GPUs: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."
@@ -120,6 +120,14 @@ class Pretrain:
             )
         return arguments
 
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer == "bytes":
+            return byte_tokenizer()
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (ImportError, OSError, ValueError) as error:  # which may say what went wrong, and not with what
+            raise SettingsError(f"There is no tokenizer in {self.tokenizer} (`tokenizer`): {error}") from error
+
     def config(self, tokenizer: PreTrainedTokenizerBase) -> FireConfig:
         """The model's, with the length of the training and the special tokens of the tokenizer."""
         path = Path(self.model.config)
@@ -130,13 +138,39 @@ class Pretrain:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        config = FireConfig.from_dict({**json.loads(path.read_text()), **own, **self.model.changes})
+        try:
+            fields = dict(json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{path} (`model.config`) is not the JSON of a model: {error}") from error
+        check_config_names(fields, str(path))
+        try:
+            config = FireConfig.from_dict({**fields, **own, **self.model.changes})
+        except (AttributeError, StrictDataclassError, ValueError) as error:  # the first of a dtype that torch lacks
+            raise SettingsError(f"`model`: {error.__cause__ or error}") from error
         if len(tokenizer) > config.vocab_size:
             raise SettingsError(
                 f"The tokenizer {self.tokenizer} has {len(tokenizer)} tokens and the model only {config.vocab_size}: "
                 f"set `model.changes.vocab_size` to {len(tokenizer)} or more, or take another tokenizer."
             )
         return config
+
+
+def check_config_names(fields: dict[str, Any], where: str) -> None:
+    """
+    Refuses what is no field of FireConfig, which itself takes any name.
+
+    Args:
+        fields (`dict`): by name. What else `save_pretrained` writes, such as `model_type`, may be among them.
+        where (`str`): what holds them, for the message.
+
+    Raises:
+        SettingsError: if one is unknown; the message has names that are near to it.
+    """
+    known = {each.name for each in dataclasses.fields(FireConfig)} | set(FireConfig().to_dict())
+    for name in fields:
+        if name not in known:
+            near = " and ".join(f"`{each}`" for each in get_close_matches(name, sorted(known)))
+            raise SettingsError(f"FireConfig has no field `{name}`{near and f', but {near}'} (in `{where}`).")
 
 
 def check_shape(config: FireConfig, checkpoint: str) -> None:

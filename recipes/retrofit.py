@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from disk import check_room, last_checkpoint
+from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
 from peft import PeftModel, get_peft_model
 from retrofit_plan import Plan
 from settings import Retrofit, changed, one_line_errors, settings_from_command_line
+from training_arguments import blamed_on
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator, set_seed
 from windows import Windows, as_dataset
 
@@ -47,7 +48,8 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     set_seed(arguments.seed)  # where LoRA starts
     model: Any = load(converted, plan.changes)
     if plan.lora is not None:
-        model = get_peft_model(model, plan.lora)
+        with blamed_on("heal.lora"):  # if there are no such modules
+            model = get_peft_model(model, plan.lora)
     check_room(output, model.num_parameters(only_trainable=True), arguments)
     distillation: dict[str, Any] = {}
     if run.heal.distill is not None:
@@ -57,18 +59,19 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         distillation = {"teacher": teacher, "distillation_weight": run.heal.distill}
     checkpoint = last_checkpoint(arguments.output_dir)
     arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
-    trainer = FireTrainer(
-        model,
-        arguments,
-        train_dataset=as_dataset(windows.train),
-        # The tokens and contexts that the training length is measured with in the end.
-        eval_dataset=as_dataset(windows.held_out[:, -run.data.length - 1 :], run.evaluation.num_targets),
-        data_collator=default_data_collator,
-        callbacks=None if plan.annealing is None else [plan.annealing],
-        bias_lr_multiplier=run.heal.bias_lr_multiplier,
-        **distillation,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with blamed_on("training"):
+        trainer = FireTrainer(
+            model,
+            arguments,
+            train_dataset=as_dataset(windows.train),
+            # The tokens and contexts that the training length is measured with in the end.
+            eval_dataset=as_dataset(windows.held_out[:, -run.data.length - 1 :], run.evaluation.num_targets),
+            data_collator=default_data_collator,
+            callbacks=None if plan.annealing is None else [plan.annealing],
+            bias_lr_multiplier=run.heal.bias_lr_multiplier,
+            **distillation,
+        )
+    train_from(trainer, checkpoint)
     trainer.save_model(str(output / "trained"))
     if not trainer.is_world_process_zero():
         return {}

@@ -1,11 +1,14 @@
 """What a retrofit is made of: all that is known of it before any work is done."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from pretrained import open_pretrained
 from settings import Retrofit, SettingsError, changed
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from training_arguments import training_arguments
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from windows import Windows, read_windows
 
@@ -30,16 +33,10 @@ class Plan:
     def of(cls, run: Retrofit) -> "Plan":
         """Raises [`SettingsError`] for what is wrong with the settings or the text."""
         try:
-            arguments = TrainingArguments(
-                **{"output_dir": f"{run.output_dir}/checkpoints", "report_to": "none", "save_strategy": "no"}
-                | run.training
-            )
+            arguments = training_arguments(Path(run.output_dir), run.training)
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(run.model.source, **run.source)
-            except OSError as error:  # which may say of the Hub what went wrong, and not of what
-                raise ValueError(f"`model.source`: no tokenizer in {run.model.source}: {error}") from error
+            config, tokenizer = open_pretrained(run.model.source, "model.source", **run.source)
             windows = windows_of(run, tokenizer)
             per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
             if len(windows.train) < per_step:
@@ -54,7 +51,8 @@ class Plan:
                 trained = sorted({"position_bias", *run.heal.lora.get("modules_to_save", ())})
                 lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
             annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
-            return cls(arguments, tokenizer, windows, per_step, calibrate, config_changes(run), lora, annealing)
+            changes = config_changes(run, config)
+            return cls(arguments, tokenizer, windows, per_step, calibrate, changes, lora, annealing)
         except (OSError, TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
 
@@ -67,11 +65,10 @@ def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
     )
 
 
-def config_changes(run: Retrofit) -> dict[str, Any]:
-    """What the config of the model to train differs in from that of the converted one, which has no rotation."""
+def config_changes(run: Retrofit, config: PreTrainedConfig) -> dict[str, Any]:
+    """What differs, in the model to train, from the config of the converted one: `config` is that of the source."""
     if run.model.rotation == "drop" and run.heal.anneal is None:
         return run.model.config
-    config = AutoConfig.from_pretrained(run.model.source, **run.source)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{config.model_type} cannot be converted. Supported are {', '.join(FAMILIES)}.")
     fields = FAMILIES[config.model_type].fire_fields(config)

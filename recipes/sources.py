@@ -1,5 +1,6 @@
 """Rows of files and datasets, read as they are asked for, with one clear error for whatever cannot be read."""
 
+from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from modeling_fire.conversion.text import FORMATS
 
 
 # What `datasets` raises for what is missing, broken, empty, or no dataset.
-READING_ERRORS = (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, ValueError)
+READING_ERRORS = (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
 def open_rows(source: str | list[str]) -> tuple[datasets.IterableDataset, dict[str, Any]]:
@@ -63,7 +64,7 @@ def open_rows(source: str | list[str]) -> tuple[datasets.IterableDataset, dict[s
 
 def open_documents(source: str | list[str], column: str) -> datasets.IterableDataset:
     """
-    The rows of a source, see [`open_rows`], with a text in the column `column`.
+    The rows of a source, see [`open_rows`], with the column `column`, that [`texts`] reads.
 
     Raises:
         SettingsError: if they cannot be read, or have no such column.
@@ -72,3 +73,32 @@ def open_documents(source: str | list[str], column: str) -> datasets.IterableDat
     if column not in first:
         raise SettingsError(f"{source} has no column {column!r}, but {', '.join(first)}: set `data.column`.")
     return rows
+
+
+def texts(rows: datasets.IterableDataset, source: str | list[str], column: str, number: int = 0) -> Iterator[str]:
+    """
+    The texts of the rows that [`open_documents`] opened.
+
+    Args:
+        rows (`IterableDataset`): they may begin where an earlier reading ended.
+        source (`str` or `list[str]`): their source, for messages.
+        column (`str`): the column with the text, which may be empty.
+        number (`int`, *optional*, defaults to 0): rows before these, for messages.
+
+    Raises:
+        SettingsError: as they are read: if a row cannot be, or has no text.
+    """
+    try:
+        for row in rows:
+            number += 1
+            text = row.get(column)
+            if not isinstance(text, str):
+                raise SettingsError(
+                    f"Row {number} of {source} has {text!r} in the column {column!r}, which is no text: mend it, or "
+                    "leave it out."
+                )
+            yield text
+    except SettingsError:
+        raise
+    except READING_ERRORS as error:
+        raise SettingsError(f"{source} cannot be read after row {number}: {error}") from error

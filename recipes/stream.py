@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from settings import SettingsError
-from sources import open_documents
+from sources import open_documents, texts
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 Window = list[list[int]]
 
 
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Each document with the special tokens that the tokenizer gives it, and with its end token, if it knows one."""
-    documents = tokenizer(texts, verbose=False).input_ids  # not verbose: it would warn of long texts
+    tokens = tokenizer(documents, verbose=False).input_ids  # not verbose: it would warn of long texts
     end = tokenizer.eos_token_id
     if end is not None:
-        documents = [ids if ids[-1:] == [end] else [*ids, end] for ids in documents]
-    return documents
+        tokens = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokens]
+    return tokens
 
 
 class PackedStream(IterableDataset):
@@ -47,7 +47,8 @@ class PackedStream(IterableDataset):
         state (`dict`, *optional*): where to begin, from `state_after` of a stream with the same arguments.
 
     Raises:
-        SettingsError: as it is read: if the source cannot be, or if a whole pass has not the windows of one step.
+        SettingsError: as it is read: if the source cannot be, if a row has no text, or if a whole pass has not the
+            windows of one step.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class PackedStream(IterableDataset):
             rows = open_documents(self.source, self.column)
             if place["rows"] is not None:
                 rows.load_state_dict(place["rows"])
-            row = iter(rows)
-            while texts := [each[self.column] for each in islice(row, self.buffer_size)]:
+            read = texts(rows, self.source, self.column, place["buffers"] * self.buffer_size)
+            while documents := [*islice(read, self.buffer_size)]:
                 shuffle = random.Random(f"{self.seed}-{place['passes']}-{place['buffers']}").shuffle
-                shuffle(texts)
-                windows, tail = self.pack(texts, place["tail"])
+                shuffle(documents)
+                windows, tail = self.pack(documents, place["tail"])
                 shuffle(windows)
                 yield place, windows
                 place = {
@@ -119,10 +120,10 @@ class PackedStream(IterableDataset):
                 )
             place = {**place, "passes": place["passes"] + 1, "buffers": 0, "rows": None}
 
-    def pack(self, texts: list[str], tail: Window) -> tuple[list[Window], Window]:
+    def pack(self, documents: list[str], tail: Window) -> tuple[list[Window], Window]:
         """The windows that `tail` and the documents fill, and the new tail."""
         windows, window, room = [], list(tail), self.length - sum(map(len, tail))
-        for ids in tokenize(texts, self.tokenizer):
+        for ids in tokenize(documents, self.tokenizer):
             start = 0
             while start < len(ids):
                 window.append(ids[start : start + room])
@@ -159,11 +160,10 @@ def held_out_windows(
         `torch.LongTensor` of shape `(count, length)`.
 
     Raises:
-        SettingsError: if the source cannot be read, or holds fewer windows.
+        SettingsError: if the source cannot be read, a row has no text, or there are fewer windows.
     """
     windows: list[list[int]] = []
-    for row in open_documents(source, column):
-        text = row[column]
+    for text in texts(open_documents(source, column), source, column):
         # No token is shorter than a byte, so that most documents need not be tokenised.
         ids = tokenize([text], tokenizer)[0] if len(text.encode()) >= length - 1 else []
         windows += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]

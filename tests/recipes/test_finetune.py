@@ -1,6 +1,7 @@
 """The fine-tuning recipe in miniature: the formats it reads, what it trains on, what it leaves, what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path, monkeypa
     (tmp_path / "out" / "model.unfinished").mkdir()
     assert run(longer) == undisturbed
 
+    # Killed after the last step, before the model was saved.
+    shutil.rmtree(tmp_path / "out" / "model")
+    monkeypatch.setattr("finetune.FireTrainer.training_step", None)
+    assert run(longer) == undisturbed
+
     # Killed while it answered: the model is there, and is not trained again.
     monkeypatch.setattr("finetune.train", None)
     assert run(longer) == undisturbed
@@ -384,6 +390,8 @@ def test_wrong_settings_are_refused_before_any_work(settings, source, tmp_path):
     refused("no field `data.lenght`. Known are train, length, held_out", data__lenght=1)
     refused("TrainingArguments has no fields max_step", training__max_step=1)
     refused("`training`: .*is not a valid", training__eval_strategy="never")
+    refused("`training`: `save_total_limit` must be a number, got 'two'", training__save_total_limit="two")
+    refused("`training`: `report_to`: wandbee is not installed", training__report_to="wandbee")
     refused("SCROLLS has no configuration 'narrativeqa'. Known are", task="narrativeqa")
     refused("`data.held_out` must be a source or lie between 0 and 1, got 1", data__held_out=1)
     refused("All examples are on one document", data__train=one)
@@ -393,7 +401,10 @@ def test_wrong_settings_are_refused_before_any_work(settings, source, tmp_path):
     refused("do not fit into `evaluation.lengths`: ", evaluation__lengths=[])
     refused("The question .* leave no room for the document", data__length=16)
     refused("The question .* leave no room for the document", evaluation__lengths=[16])
-    refused("There is no model in .*nowhere", model__source=str(tmp_path / "nowhere"))
+    refused("`model.source`: .*nowhere cannot be loaded", model__source=str(tmp_path / "nowhere"))
+    tiny_model(vocab_size=257).save_pretrained(tmp_path / "small")
+    tokenizer_with_end().save_pretrained(tmp_path / "small")
+    refused("tokens up to number 257, the model only 257 of them", model__source=str(tmp_path / "small"))
     refused("unexpected keyword argument 'rank'", lora={"rank": 2})
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -19,10 +20,12 @@ import pytest
 import torch
 import yaml
 from corpus import byte_tokenizer
-from disk import last_checkpoint
-from helpers import ENVIRONMENT, ROOT, recipe_command, write_rows
+from disk import last_checkpoint, train_from
+from helpers import ENVIRONMENT, FEW_STEPS, ROOT, recipe_command, write_rows
+from hub.loopback import LoopbackHub
 from pretrain import main, pretrain
 from pretrain_settings import Pretrain
+from pretrain_trainer import PretrainTrainer
 from safetensors.torch import load_file
 from settings import changed, read_fields
 from sources import open_documents
@@ -32,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.training import FireTrainer
 
 
 MODELS = ROOT / "configuration" / "models"
@@ -144,10 +148,28 @@ def test_positions_and_labels_keep_documents_apart(text):
     assert count == sum(len(piece) - 1 for window in windows for piece in pieces_of(window))
 
 
-@pytest.mark.parametrize("buffer_size", [1, 7, 1000])
-def test_a_stream_goes_on_where_it_was(tmp_path, buffer_size):
+def write_as(kind: str, folder: Path, texts: list[str]) -> str:
+    """A file of that kind with the texts."""
+    path = write_texts(folder / "rows.jsonl", texts)
+    if kind == "jsonl":
+        return path
+    other = folder / f"rows.{kind}"
+    if kind == "json.gz":
+        other.write_bytes(gzip.compress(Path(path).read_bytes()))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": texts}), other, row_group_size=7)
+    return str(other)
+
+
+@pytest.mark.parametrize(
+    "kind, buffer_size", [("jsonl", 1), ("jsonl", 7), ("jsonl", 1000), ("json.gz", 7), ("parquet", 5)]
+)
+def test_a_stream_goes_on_where_it_was(tmp_path, kind, buffer_size):
     texts = random_texts(30, 12)
-    source = write_texts(tmp_path / "rows.jsonl", texts)
+    source = write_as(kind, tmp_path, texts)
     windows, states = [], {}
     stream = stream_of(source, buffer_size=buffer_size)
     for number, window in enumerate(islice(stream, 3 * sum(map(len, texts)) // 16), start=1):
@@ -180,6 +202,75 @@ def test_sources(tmp_path):
     assert lines == [f"{each}\nsecond line" for each in texts], "a file is a document"
     train, held_out = ({row["text"] for row in open_documents(f"stdlib{part}", "text")} for part in ("", "::held_out"))
     assert len(train) > len(held_out) > 10 and not train & held_out
+
+
+@pytest.mark.parametrize(
+    "end, message",
+    [
+        ('{"text": null}', "Row 5 of .* has None in the column 'text', which is no text: mend it, or leave it out"),
+        ('{"body": "b"}', "Row 5 of .* has None in the column 'text'"),
+        ('{"text": ["b"]}', r"Row 5 of .* has \['b'\] in the column 'text'"),
+        (None, "cannot be read after row 4: Couldn't cast"),
+    ],
+)
+def test_rows_without_text_are_named(tmp_path, end, message):
+    """Empty texts are fine; another file may have other columns."""
+    source = [write_texts(tmp_path / "rows-0.jsonl", ["abcd", "", "ab", "cd"])]
+    if end is None:
+        source.append(write_rows(tmp_path / "rows-1.jsonl", [{"body": "b"}]))
+    else:
+        Path(source[0]).write_text(f"{Path(source[0]).read_text()}{end}\n")
+    with pytest.raises(ValueError, match=message):
+        [*islice(PackedStream(source, "text", byte_tokenizer(), 2, 3, 0, 1), 5)]
+    with pytest.raises(ValueError, match=message):
+        held_out_windows(source, "text", byte_tokenizer(), 4, 2)
+
+
+# The windows of the first two steps of a dataset, and those of the second from where the first ended.
+ON_THE_HUB = """if True:
+    import json, sys
+    from itertools import islice
+    from corpus import byte_tokenizer
+    from sources import open_documents, texts
+    from stream import PackedStream
+    def stream(state=None):
+        return PackedStream(source, "text", byte_tokenizer(), 16, 7, 0, 4, state)
+    def windows(stream, count):
+        return [window["input_ids"].tolist() for window in islice(stream, count)]
+    found = {}
+    for source in sys.argv[1:]:
+        read = [*texts(open_documents(source, "text"), source, "text")]
+        whole = stream()
+        both, state = windows(whole, 8), json.loads(json.dumps(whole.state_after(4)))
+        found[source] = [read, both[4:], windows(stream(state), 4)]
+    print(json.dumps(found))
+"""
+
+
+def test_datasets_of_the_hub_are_streamed(tmp_path):
+    """One of parquet, and one laid out as C4 is: compressed JSON lines, parted by configuration and split."""
+    texts = random_texts(40, 12)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "c4" / "en").mkdir(parents=True)
+    Path(write_as("parquet", tmp_path, texts)).rename(tmp_path / "plain" / "train.parquet")
+    for name, part in (("train.00000", texts[:25]), ("train.00001", texts[25:]), ("validation.00000", texts[:5])):
+        Path(write_as("json.gz", tmp_path, part)).rename(tmp_path / "c4" / "en" / f"c4-{name}.json.gz")
+    splits = [{"split": split, "path": f"en/c4-{split}.*.json.gz"} for split in ("train", "validation")]
+    card = yaml.safe_dump({"configs": [{"config_name": "en", "data_files": splits}]})
+    (tmp_path / "c4" / "README.md").write_text(f"---\n{card}---\n")
+    with LoopbackHub() as hub:
+        for name in ("plain", "c4"):
+            hub.add(f"owner/{name}", tmp_path / name)
+            hub.repos[f"datasets/owner/{name}"] = hub.repos.pop(f"models/owner/{name}")
+        environment = {**ENVIRONMENT, **hub.environment(tmp_path / "home", user=None), "HF_HUB_OFFLINE": "0"}
+        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'recipes'}"
+        sources = ["owner/plain", "owner/c4:en", "owner/c4:en:validation"]
+        child = [sys.executable, "-c", ON_THE_HUB, *sources]
+        ended = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert [found[source][0] for source in sources] == [texts, texts, texts[:5]]
+    assert all(resumed == second_step for _, second_step, resumed in found.values())
 
 
 def test_documents_end_with_the_end_token(tmp_path):
@@ -223,6 +314,59 @@ def test_bfloat16_and_learning_rate_of_the_bias(settings):
     """Options of Trainer reach it; nothing of them is in this recipe."""
     result = run(settings, training__bf16=True, training__max_steps=2, bias_lr_multiplier=3.0)
     assert all(math.isfinite(loss) for loss in result["train_loss"].values())
+
+
+def test_a_tokenizer_with_an_end_token(settings, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings["tokenizer"] = str(tmp_path / "tokenizer")
+    run(settings, model__changes={"vocab_size": 257}, training__max_steps=1)
+    model = FireForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == saved.eos_token_id == 256
+    assert saved("a</s>").input_ids == [97, 256]
+
+
+def test_a_run_that_was_killed_after_its_last_step(settings, tmp_path, monkeypatch):
+    """With one checkpoint, that of the last step: nothing is trained again, and what was left to do is done."""
+    settings = changed(settings, {"training": {"save_total_limit": 1, "eval_steps": 4}})
+    result = run(settings)
+    out = tmp_path / "out"
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-6"]
+    weights = load_file(out / "model" / "model.safetensors")
+    shutil.rmtree(out / "model")
+    monkeypatch.setattr(PretrainTrainer, "training_step", mock.Mock(side_effect=AssertionError("a further step")))
+    again = run(settings)
+    assert {**again, "versions": 0} == {**result, "versions": 0}
+    torch.testing.assert_close(load_file(out / "model" / "model.safetensors"), weights, rtol=0, atol=0)
+
+
+def test_a_training_that_ends_within_an_epoch_takes_no_step_more(tmp_path):
+    """`train_from` with rows that Trainer counts, of which `max_steps` are no whole number of passes."""
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    arguments = {**FEW_STEPS, "save_strategy": "steps", "save_steps": 3, "output_dir": str(tmp_path)}
+
+    def trained() -> FireTrainer:
+        torch.manual_seed(0)
+        trainer = FireTrainer(FireForCausalLM(FireConfig(**SHAPE)), TrainingArguments(**arguments), train_dataset=rows)
+        train_from(trainer, last_checkpoint(str(tmp_path)))
+        return trainer
+
+    first, second = trained(), trained()
+    assert first.state.global_step == second.state.global_step == 3
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_compiled_model_trains_alike(settings, tmp_path):
+    """In a process of its own, because Trainer turns compilation on for all of it."""
+    plain = run(settings, training__max_steps=2, output_dir=str(tmp_path / "plain"))
+    changes = ("training.max_steps=2", "training.torch_compile=true", "training.torch_compile_backend=aot_eager")
+    environment = {**ENVIRONMENT, "TORCH_LOGS": "graph_code"}
+    ended = subprocess.run(command(settings, *changes), env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0 and "TRACED GRAPH" in ended.stderr, ended.stderr
+    compiled = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [*compiled["train_loss"].values()] == pytest.approx([*plain["train_loss"].values()], rel=1e-6)
 
 
 def command(settings: dict, *changes: str) -> list[str]:
@@ -317,8 +461,22 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
 
     refused("no field `data.tran`. Known are train, held_out", data__tran="x")
     refused("no field `seed`", seed=1)
-    refused("FireConfig has no fields position_bais", model__changes={"position_bais": "none"})
+    refused("no field `position_bais`, but `position_bias`", model__changes={"position_bais": "none"})
     refused("TrainingArguments has no fields learning_rat ", training__learning_rat=1)
+    refused("`training`: `learning_rate` must be a number, got 'abc'", training__learning_rate="abc")
+    refused("`training`: foo is not a valid SchedulerType", training__lr_scheduler_type="foo")
+    refused("`training`: `report_to`: foo is not installed, or not known", training__report_to="foo")
+    refused("whole number, 1 or more, got 2.5", training__max_steps=2.5)
+    refused("per_device_train_batch_size` must be at least 1", training__per_device_train_batch_size=0)
+    refused("There is no tokenizer in .*nowhere", tokenizer=str(text / "nowhere"))
+    refused("`model`: `hidden_size` must be at least 1, got 0", model__changes={"hidden_size": 0})
+    refused("`model`: Field 'position_bias' expected one of", model__changes={"position_bias": "fir"})
+    for name, content, message in (
+        ("broken", '{"hidden_size": ', r"broken.json \(`model.config`\) is not the JSON of a model: Expecting value"),
+        ("typo", '{"hiden_size": 8}', r"no field `hiden_size`, but `hidden_size` .* \(in `.*typo.json`\)"),
+    ):
+        (tmp_path / f"{name}.json").write_text(content)
+        refused(message, model__config=str(tmp_path / f"{name}.json"))
     refused("Leave out `training.gradient_accumulation_steps`", training__gradient_accumulation_steps=2)
     refused("Leave out `training.dataloader_num_workers`", training__dataloader_num_workers=2)
     refused(r"`batch_size` \(6\) must be a multiple of .* x processes \(4 x 1\)", batch_size=6)
@@ -336,7 +494,7 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
     mixed = [str(text / "train.jsonl"), write_texts(tmp_path / "rows.csv", [])]
     refused(r"files of several kinds \(csv, json\)", data__train=mixed)
     del settings["training"]["max_steps"]
-    refused("Set `training.max_steps`")
+    refused("Set `training.max_steps` to a whole number, 1 or more, got None")
     del settings["length"]
     refused("The field `length` is missing")
 
@@ -350,6 +508,9 @@ def test_one_process_with_several_gpus_is_refused(settings, monkeypatch):
 def test_errors_take_one_line(settings, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command(settings, "data.column=body")[1:])
     with pytest.raises(SystemExit, match=r"^Error: .* has no column 'body', but text: set `data.column`.$"):
+        main()
+    monkeypatch.setattr(sys, "argv", command(settings, "tokenizer=no/such")[1:])
+    with pytest.raises(SystemExit, match=r"^Error: There is no tokenizer in no/such \(`tokenizer`\): [^\n]*$"):
         main()
     monkeypatch.setattr(sys, "argv", command(settings, "lenght=64")[1:])
     with pytest.raises(SystemExit):

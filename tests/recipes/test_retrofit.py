@@ -15,7 +15,7 @@ import yaml
 from checkpoints import bloom, llama, save_tokenizer
 from helpers import ENVIRONMENT, ROOT, execute, recipe_command
 from retrofit import load, retrofit
-from settings import Retrofit, changed, parse_changes, read_fields
+from settings import Retrofit, SettingsError, changed, parse_changes, read_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from windows import as_dataset, read_windows, split
 
@@ -93,13 +93,30 @@ def test_wrong_settings_are_refused(settings):
     refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
     refused("num_targets` \\(0\\) do not fit", evaluation__num_targets=0)
     refused("training windows; one step takes 4000", training__per_device_train_batch_size=4000)
-    refused("unexpected keyword argument 'max_step'", training__max_step=3)
+    refused("TrainingArguments has no fields max_step", training__max_step=3)
+    refused("`training`: `learning_rate` must be a number, got 'fast'", training__learning_rate="fast")
+    refused("`training`: `learning_rate` must be a number, got None", training__learning_rate=None)
     refused("unexpected keyword argument 'algin'", model__calibrate={"algin": True})
     refused("`fraction` must be in", heal__anneal=2)
-    refused("`model.source`: no tokenizer in .*/nowhere", model__source=f"{settings['output_dir']}/nowhere")
+    refused("`model.source`: .*/nowhere cannot be loaded", model__source=f"{settings['output_dir']}/nowhere")
     refused("`heal` has fields of its own, got None", heal=None)
     refused("`model.calibrate` is for a rotation that is dropped at once", model__calibrate={}, heal__anneal=0.5)
     refused("`model.calibrate` is for a rotation that is dropped", model__calibrate={}, model__rotation="keep")
+
+
+def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
+    highest = max(save_tokenizer(tmp_path / "other").get_vocab().values())
+    llama(vocab_size=highest).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"tokens up to number {highest}, the model only {highest} of them"):
+        run(settings, model__source=str(tmp_path / "other"))
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_what_trainer_or_peft_refuse_is_one_error(settings, tmp_path):
+    with pytest.raises(SettingsError, match=r"`heal.lora`: No modules were targeted for adaptation"):
+        run(settings, output_dir=str(tmp_path / "lora"), heal__lora={"target_modules": ["query"]})
+    with pytest.raises(SettingsError, match=r"`training`: With a `teacher` there is no .*label_smoothing_factor"):
+        run(settings, heal__distill=0.5, training__label_smoothing_factor=0.1)
 
 
 def test_alibi_has_no_rotation_to_anneal(settings, source, tmp_path):
@@ -179,7 +196,7 @@ def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path):
     assert (out / "results.json").stat().st_mtime_ns == written, "what is finished is not run again"
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path, monkeypatch):
     """Killed while it trains, with half a checkpoint beside a whole one; later after its last step."""
     changes = {"heal": {"anneal": 0.5, "distill": 0.5}, "training.max_steps": 60}
     undisturbed = run(
@@ -200,6 +217,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path):
     assert not (tmp_path / "out" / "trained").exists()
 
     # Trainer, resumed from the checkpoint of the last step, would take one more.
+    monkeypatch.setattr("retrofit.FireTrainer.training_step", None)
     assert run(changed(settings, changes)) == undisturbed
 
 

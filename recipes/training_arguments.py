@@ -1,0 +1,51 @@
+"""transformers' TrainingArguments, from the block `training` of a YAML, and one clear error for what is wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from settings import SettingsError, check_names
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+
+def training_arguments(folder: Path, training: dict[str, Any]) -> TrainingArguments:
+    """
+    Args:
+        folder (`Path`): of the run; the checkpoints lie under it.
+        training (`dict`): fields of TrainingArguments; unless they say so, nothing is saved on the way or reported.
+
+    Raises:
+        SettingsError: if a field is unknown, a value is refused, or what is to be reported to is not installed.
+    """
+    with blamed_on("training"):
+        check_names(TrainingArguments, training, "training")
+        hints = get_type_hints(TrainingArguments)
+        for name, value in training.items():  # it would keep a text as a number, and training would stumble over it
+            kinds = set(get_args(hints[name]) or [hints[name]])
+            if kinds <= {int, float, NoneType} and type(value) not in kinds | {int, float}:
+                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+        given = {
+            "output_dir": str(folder / "checkpoints"),
+            "use_cpu": not torch.accelerator.is_available(),  # else processes without GPUs would not find each other
+            "report_to": "none",
+            "save_strategy": "no",
+            **training,
+        }
+        arguments = TrainingArguments(**given)
+        missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+        if missing:
+            raise ValueError(f"`report_to`: {', '.join(sorted(missing))} is not installed, or not known.")
+    return arguments
+
+
+@contextmanager
+def blamed_on(field: str) -> Iterator[None]:
+    """Makes a [`SettingsError`] of what is refused inside, because `field` of the YAML asks for it."""
+    try:
+        yield
+    except (ImportError, TypeError, ValueError) as error:
+        raise SettingsError(f"`{field}`: {error}") from error
