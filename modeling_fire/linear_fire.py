@@ -50,15 +50,15 @@ def decay_start(
     step: float, distances: list[float], shape: torch.Size, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output layer: straight lines between `distances`, `step` apart, that of each unit and one beyond."""
-    weight = 0.1 * uniform_start(shape, device)[0]
     exponents = torch.linspace(*EXPONENTS, shape[0], device=device)[:, None]
     growth = torch.tensor(distances, device=device) ** exponents
     curves = -STEEPEST / exponents * torch.log1p(growth * exponents / STEEPEST)
     slopes = curves.diff(dim=1) / step
-    weight[:, 0] = slopes[:, -1]
-    weight[:, 1:] += slopes.diff(dim=1)
+    weight = torch.cat((slopes[:, -1:], slopes.diff(dim=1)), dim=1)
     at_zero = weight @ (step * torch.arange(shape[1], device=device))
-    return weight / UNIT_SCALE, -at_zero  # a softmax ignores constants, 16-bit numbers do not
+    noise = 0.1 * uniform_start(shape, device)[0]
+    noise[:, 0] = 0.0
+    return (weight + noise) / UNIT_SCALE, -at_zero  # a softmax ignores constants, 16-bit numbers do not
 
 
 class Float32Linear(nn.Module):

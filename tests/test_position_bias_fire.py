@@ -228,7 +228,9 @@ def test_f_starts_as_decaying_curves(mlp_depth, transform):
     bias = FirePositionBias(4, init_L=4096.0, mlp_depth=mlp_depth, transform=transform, train_length=64)
     key = torch.arange(400)[None]
     actual, distance = bias(FirePositions(key[:, -1:], key[:, -1:], key))[0, :, 0].flip(-1), key[0].float()
-    assert actual[:, 0].abs().max() < (1e-3 if mlp_depth == 1 else 1)
+    assert actual[:, 0].abs().max() < 1
+    exact = copy.deepcopy(bias).double()(FirePositions(key[:, -1:], key[:, -1:], key))[0, :, 0].flip(-1)
+    assert (actual - exact).abs().max() < 2e-4, "steep pieces cost digits, no more than these"
     actual = actual - actual[:, :1]  # a softmax ignores constants
     r = torch.linspace(1.5, 0.3, 4)[:, None]
     expected = -64 / r * torch.log1p(r * distance**r / 64)  # `-d ** r` as long as that is not steep
@@ -279,7 +281,7 @@ def test_degenerate_parameters_stay_finite(c, multiplier, transform):
 @pytest.mark.parametrize("transform", ["log", "identity", "power"])
 def test_float32_is_accurate_at_a_million_positions(transform):
     torch.manual_seed(0)
-    bias = FirePositionBias(12, transform=transform)
+    bias = FirePositionBias(12, transform=transform, init_f="uniform")
     positions = FirePositions(MILLION, MILLION, torch.arange(0, 1_000_001, 997)[None])
     assert_close(bias(positions), copy.deepcopy(bias).double()(positions), ulps=8, where=causal(positions))
 
