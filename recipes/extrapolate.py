@@ -23,7 +23,7 @@ from additions import ADDITIONS
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from disk import check_room
 from extrapolate_settings import NOT_OF_A_RUN, OF_ONE_RUN, Study
-from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
+from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, versions, write_json
 from settings import SettingsError, one_line_errors, settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
@@ -138,7 +138,7 @@ def main() -> None:
         + (f"; mean of {len(study.seeds)} seeds with its 95% confidence interval" if len(study.seeds) > 1 else "")
     )
     print_perplexities(losses)
-    result = {"versions": versions(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses}
+    result = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses}
     write_json(output / "results.json", result)
     plot_perplexity_by_context(means, output / "perplexity.png", study.length, "Trained short, tested long")
     print(f"\nWrote {output / 'results.json'} and {output / 'perplexity.png'}.")

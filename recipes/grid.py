@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +117,17 @@ def print_perplexities(
             cells.append(f"{mean(perplexities):.3f}{spread}")
         cells += [column[variant] for column in more.values()]
         print(variant.ljust(width) + "".join(f"{cell:>16}" for cell in cells))
+
+
+def origin() -> dict[str, Any]:
+    """Where the figures of a study come from."""
+    is_gpu = torch.cuda.is_available()
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": torch.cuda.get_device_name() if is_gpu else f"{os.cpu_count()} CPUs, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

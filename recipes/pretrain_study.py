@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from corpus import byte_tokenizer
-from grid import Job, mean_losses, print_perplexities, read_finished, run_grid, versions, write_json
+from grid import Job, mean_losses, origin, print_perplexities, read_finished, run_grid, write_json
 from pretrain import pretrain
 from pretrain_settings import Pretrain
 from settings import SettingsError, changed, one_line_errors, read_fields, settings_from_command_line
@@ -157,7 +157,7 @@ def main() -> None:
     )
     print_perplexities(losses)
     output = Path(study.output_dir)
-    content = {"versions": versions(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses}
+    content = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses}
     write_json(output / "results.json", content)
     plot_perplexity_by_context(means, output / "perplexity.png", length, "Trained short, tested long")
     print(f"\nWrote results.json and perplexity.png to {output}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from grid import Job, losses_by_context, mean_losses, print_perplexities, run_grid, versions, write_json
+from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from retrofit import load, measure, retrofit
 from retrofit_plan import windows_of
 from settings import Retrofit, changed, one_line_errors, read_fields, settings_from_command_line
@@ -105,7 +105,7 @@ def main() -> None:
     trained = [variant for variant, changes in study.variants.items() if "from" not in changes]
     curves = {variant: loss_by_tokens(results[variant]) for variant in trained}
     output = Path(study.output_dir)
-    content = {"versions": versions(), "study": vars(study), "mean_loss": means, "loss_by_tokens": curves}
+    content = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_tokens": curves}
     write_json(output / "results.json", content)
     plot_perplexity_by_context(means, output / "perplexity.png", length, "Retrofitted at one length, tested at others")
     plot_perplexity_by_tokens(curves, output / "recovery.png", f"Held-out text, at the training length of {length}")

@@ -91,7 +91,9 @@ def test_run_resume_and_result(study, tmp_path):
         "perplexity.png",
         "learned_bias.png",
     }
-    means = json.loads((out / "results.json").read_text())["mean_loss"]
+    result = json.loads((out / "results.json").read_text())
+    assert result["command"].startswith("python ") and result.keys() >= {"machine", "date", "versions"}
+    means = result["mean_loss"]
     assert f"{math.exp(means['FIRE']['32']):.3f}" in first.stdout, "the table is what was measured"
     assert "'def ':\n\ndef " in first.stdout, "a process without the package wrote on"
     assert FireConfig.from_pretrained(out / "FIRE-seed0").max_position_embeddings == 16
