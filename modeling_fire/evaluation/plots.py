@@ -220,10 +220,14 @@ def layers_legend(axes: Any) -> None:
     axes.legend(handles[shown], names[shown], fontsize="x-small")
 
 
+LOWEST_BIAS = -30.0
+
+
 @torch.no_grad()
 def plot_learned_bias(model: PreTrainedModel, path: str | os.PathLike, query_positions: list[int]) -> None:
     """
-    The bias of every head by distance, a row of plots a layer and a column a query position.
+    The bias of every head by distance, a row of plots a layer and a column a query position. At -30 a curve ends: a
+    key that lies lower has no part in the attention.
 
     Args:
         model (`PreTrainedModel`): a FIRE model, with or without a head; with shared layers there is one row.
@@ -248,7 +252,8 @@ def plot_learned_bias(model: PreTrainedModel, path: str | os.PathLike, query_pos
             query = keys[:, -1:]
             # A softmax ignores a constant: what counts is the difference to the query's own key.
             values = bias(FirePositions(query, query, keys))[0, :, 0].float().cpu()
-            for head, value in enumerate(values - values[:, -1:]):
+            values = values - values[:, -1:]
+            for head, value in enumerate(values.masked_fill(values < LOWEST_BIAS, math.nan)):
                 axes.plot(torch.arange(position, -1, -1), value, label=f"head {head}", linewidth=1.3)
             axes.set_xscale("symlog", linthresh=1)
             axes.grid(alpha=0.3)
