@@ -19,6 +19,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .cards import Base, Training, write_card
+from .conversion import RECORD_NAME
 from .evaluation.attention import learned_scales
 from .modeling_fire import FireModel
 
@@ -136,8 +137,9 @@ class FireTrainer(Trainer):
         is_adapter = isinstance(model, PeftModel)
         base = model.get_base_model() if is_adapter else model
         start = finetuned_from or base.config._name_or_path
-        if start and Path(start).resolve() == Path(self.args.output_dir).resolve():
-            start = ""  # trained in place, such as a conversion: the folder has what it was made of
+        folder = Path(self.args.output_dir)
+        if start and Path(start).resolve() == folder.resolve() and (folder / RECORD_NAME).is_file():
+            start = ""  # a conversion, trained in place: its record has what it was made of
         training = Training(
             config={**base.config.to_dict(), "architectures": [type(base).__name__]},
             adapter=model.active_peft_config.to_dict() if is_adapter else None,

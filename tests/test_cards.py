@@ -149,6 +149,12 @@ def test_what_a_training_says(runs):
     assert not list(runs.glob("*/training_args.bin"))
 
 
+def test_a_model_trained_on_in_place_is_not_from_scratch(model):
+    train(FireForCausalLM.from_pretrained(model), model)
+    text = card_of(model).text
+    assert "fine-tuned" in text and "from scratch" not in text
+
+
 def test_a_plain_trainer_says_nothing_of_where_it_began(model):
     """Nor does a folder without `results.json`: a fine-tuned model looks like one that was trained from scratch."""
     state = TrainerState(global_step=7, log_history=[{"step": 7, "loss": 2.0}])
