@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels examples docs test test-transformers lint types format clean
+.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels examples docs test test-transformers test-deepspeed lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -72,6 +72,10 @@ test: $(READY)  ## Our tests
 
 test-transformers: $(READY)  ## transformers' own common model tests, fetched from the package index, on our models
 	$(PYTEST) tests/transformers_common
+
+test-deepspeed: $(READY)  ## ZeRO-3 on two CPU processes; installs DeepSpeed, which warns in every later run that there is no GPU
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[deepspeed]"
+	$(PYTEST) -n 0 tests/test_machines.py -k deepspeed
 
 lint: $(READY)  ## Style, common mistakes and security
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

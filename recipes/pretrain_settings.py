@@ -1,9 +1,7 @@
 """The YAML of a pretraining run."""
 
-import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,7 @@ class Pretrain:
     bias_lr_multiplier: float = 1.0  # learning rate of the position bias, as a multiple of the others'
 
     def __post_init__(self):
-        check_config_names(self.model.changes, "model.changes")
+        check_names(FireConfig, self.model.changes, "model.changes")
         check_names(TrainingArguments, self.training, "training")
         for name in ("output_dir", "gradient_accumulation_steps"):
             if name in self.training:
@@ -142,7 +140,7 @@ class Pretrain:
             fields = dict(json.loads(path.read_text()))
         except (TypeError, ValueError) as error:
             raise SettingsError(f"{path} (`model.config`) is not the JSON of a model: {error}") from error
-        check_config_names(fields, str(path))
+        check_names(FireConfig, fields, str(path), also=FireConfig().to_dict())  # which save_pretrained writes
         try:
             config = FireConfig.from_dict({**fields, **own, **self.model.changes})
         except (AttributeError, StrictDataclassError, ValueError) as error:  # the first of a dtype that torch lacks
@@ -153,24 +151,6 @@ class Pretrain:
                 f"set `model.changes.vocab_size` to {len(tokenizer)} or more, or take another tokenizer."
             )
         return config
-
-
-def check_config_names(fields: dict[str, Any], where: str) -> None:
-    """
-    Refuses what is no field of FireConfig, which itself takes any name.
-
-    Args:
-        fields (`dict`): by name. What else `save_pretrained` writes, such as `model_type`, may be among them.
-        where (`str`): what holds them, for the message.
-
-    Raises:
-        SettingsError: if one is unknown; the message has names that are near to it.
-    """
-    known = {each.name for each in dataclasses.fields(FireConfig)} | set(FireConfig().to_dict())
-    for name in fields:
-        if name not in known:
-            near = " and ".join(f"`{each}`" for each in get_close_matches(name, sorted(known)))
-            raise SettingsError(f"FireConfig has no field `{name}`{near and f', but {near}'} (in `{where}`).")
 
 
 def check_shape(config: FireConfig, checkpoint: str) -> None:

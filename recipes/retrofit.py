@@ -17,7 +17,8 @@ from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
 from peft import PeftModel, get_peft_model
 from retrofit_plan import Plan
-from settings import Retrofit, changed, one_line_errors, settings_from_command_line
+from retrofit_settings import Retrofit
+from settings import changed, one_line_errors, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator, set_seed
 from windows import Windows, as_dataset

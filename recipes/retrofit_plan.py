@@ -6,7 +6,8 @@ from typing import Any
 
 from peft import LoraConfig
 from pretrained import open_pretrained
-from settings import Retrofit, SettingsError, changed
+from retrofit_settings import Retrofit
+from settings import SettingsError, changed
 from training_arguments import training_arguments
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled

@@ -18,7 +18,8 @@ from typing import Any
 from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from retrofit import load, measure, retrofit
 from retrofit_plan import windows_of
-from settings import Retrofit, changed, one_line_errors, read_fields, settings_from_command_line
+from retrofit_settings import Retrofit
+from settings import changed, one_line_errors, read_fields, settings_from_command_line
 from transformers import AutoTokenizer
 
 from modeling_fire.evaluation import plot_perplexity_by_context, plot_perplexity_by_tokens

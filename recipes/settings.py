@@ -1,17 +1,16 @@
-"""The YAML of a retrofit, and how such settings are read and changed."""
+"""How the YAML of a run is read, changed and checked."""
 
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from modeling_fire import FireConfig
 from modeling_fire.conversion import ConversionError
 
 
@@ -103,92 +102,22 @@ def read_fields(fields_class: type[Fields], values: dict[str, Any], block: str =
     return fields_class(**read)
 
 
-def check_names(fields_class: type, values: dict[str, Any], where: str) -> None:
+def check_names(fields_class: type, values: Iterable[str], where: str, also: Iterable[str] = ()) -> None:
     """
     What some classes would pass over in silence.
 
+    Args:
+        fields_class (`type`): a dataclass.
+        values (iterable of `str`): names that are meant for its fields.
+        where (`str`): what holds them, for the message.
+        also (iterable of `str`): what may be among them besides.
+
     Raises:
-        SettingsError: if a name in `values`, which stand at `where` in the YAML, is no field of the dataclass.
+        SettingsError: if one is unknown; the message has names that are near to it.
     """
-    unknown = set(values) - {each.name for each in dataclasses.fields(fields_class)}
-    if unknown:
-        raise SettingsError(f"{fields_class.__name__} has no fields {', '.join(sorted(unknown))} (in `{where}`).")
-
-
-@dataclass
-class Model:
-    """What is converted, and how."""
-
-    source: str
-    gguf_file: str | None = None
-    revision: str | None = None
-    rotation: str = "drop"  # or "keep", also in the trained model; `heal.anneal` begins with it in any case
-    calibrate: dict | None = None  # fields of CalibrationOptions; the text is that of the training, if not set
-    config: dict = field(default_factory=dict)  # fields of FireConfig that differ from the converted model's
-
-    def __post_init__(self):
-        if self.rotation not in ("drop", "keep"):
-            raise ValueError(f"`model.rotation` must be 'drop' or 'keep', got {self.rotation!r}.")
-        check_names(FireConfig, self.config, "model.config")
-
-
-@dataclass
-class Data:
-    """What is trained and evaluated on."""
-
-    text: str  # a file or a dataset, as for CalibrationOptions
-    length: int  # tokens in a training window
-    held_out: float = 0.05  # share of the text, at its end, that is for evaluation
-    documents: int | None = None  # read no more than these
-
-
-@dataclass
-class Heal:
-    """How training differs from plain next-token training of all weights alike."""
-
-    anneal: float | None = None  # fraction of the steps, see RotationAnnealing
-    distill: float | None = None  # weight, see FireTrainer; the teacher is the source
-    teacher_device: str | None = None  # the student's, if not set
-    lora: dict | None = None  # fields of LoraConfig; the position bias is trained beside it
-    bias_lr_multiplier: float = 1.0
-
-
-@dataclass
-class Evaluation:
-    """The last `num_targets` tokens of each window, predicted from each of the `contexts`."""
-
-    contexts: list[int]  # in tokens, `data.length` among them
-    num_targets: int = 64
-    num_windows: int = 64
-
-
-@dataclass
-class Retrofit:
-    """The YAML. `training` holds transformers' TrainingArguments."""
-
-    output_dir: str
-    model: Model
-    data: Data
-    training: dict
-    evaluation: Evaluation
-    heal: Heal = field(default_factory=Heal)
-
-    def __post_init__(self):
-        if self.model.calibrate is not None and (self.model.rotation == "keep" or self.heal.anneal is not None):
-            raise ValueError("`model.calibrate` is for a rotation that is dropped at once: not kept, nor annealed.")
-        contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
-        if self.data.length not in contexts:
-            raise ValueError(f"`data.length` ({self.data.length}) is not among `evaluation.contexts`: {contexts}.")
-        if not 1 <= num_targets <= min(contexts):
-            raise ValueError(f"`evaluation.num_targets` ({num_targets}) do not fit into contexts of {contexts}.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "output_dir"}
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """Arguments of whatever reads the source, as far as they are set."""
-        arguments = {"revision": self.model.revision, "gguf_file": self.model.gguf_file}
-        return {name: value for name, value in arguments.items() if value is not None}
+    known = {each.name for each in dataclasses.fields(fields_class)} | set(also)
+    for name in values:
+        if name not in known:
+            near = ", ".join(f"`{each}`" for each in get_close_matches(name, sorted(known)))
+            meant = f" Did you mean {near}?" if near else ""
+            raise SettingsError(f"{fields_class.__name__} has no field `{name}` (in `{where}`).{meant}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,16 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     """As JSON lines; returns the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def write_texts(path: Path, texts: list[str]) -> str:
+    return write_rows(path, [{"text": text} for text in texts])
+
+
+def random_texts(count: int, most: int, seed: int = 0) -> list[str]:
+    words = ["once", "upon", "a", "time", "there", "was", "little", "fox", "that", "ran", "through", "the", "woods"]
+    numbers = random.Random(seed)
+    return [" ".join(numbers.choices(words, k=numbers.randint(1, most))) for _ in range(count)]
 
 
 def recipe_command(name: str, settings: dict, *changes: str) -> list[str]:

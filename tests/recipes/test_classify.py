@@ -320,7 +320,7 @@ def test_wrong_input_is_refused(settings, tmp_path):
     refused("no task 'bolq'. Known are cola, sst2", task="bolq")
     refused("no field `lenght`. Known are output_dir, task", lenght=1)
     refused("no field `data.test`", data__test="x.jsonl")
-    refused("TrainingArguments has no fields max_step ", training__max_step=3)
+    refused("TrainingArguments has no field `max_step` .* `max_steps`", training__max_step=3)
     refused("`training`: `warmup_steps` must be a number, got 'few'", training__warmup_steps="few")
     refused("Leave out `training.seed`: it follows from", training__seed=3)
     refused("`seeds` is a list of different numbers, got \\[1, 1\\]", seeds=[1, 1])

@@ -159,9 +159,15 @@ def test_random_positions():
         ),
         ({"variants": {"FIRE": {"addition": "line"}}}, "'FIRE' cannot be loaded again"),
         ({"variants": {"FIRE": {}, "x": {"addition": "lines"}}}, "'lines' is no addition: there are log scores, line"),
-        ({"model": {"hiden_size": 8}}, r"FireConfig has no fields hiden_size \(in `model`\)"),
-        ({"variants": {"FIRE": {"fire_treshold": False}}}, "no fields fire_treshold .in `variants.FIRE`"),
-        ({"training": {"max_step": 3}}, r"TrainingArguments has no fields max_step \(in `training`\)"),
+        (
+            {"model": {"hiden_size": 8}},
+            r"FireConfig has no field `hiden_size` \(in `model`\). Did you mean `hidden_size`",
+        ),
+        ({"variants": {"FIRE": {"fire_treshold": False}}}, "no field `fire_treshold` .in `variants.FIRE`"),
+        (
+            {"training": {"max_step": 3}},
+            r"TrainingArguments has no field `max_step` \(in `training`\). Did you mean `max_steps`",
+        ),
         ({"training": {"seed": 3}}, "Leave out `training.seed`: the study sets it"),
         ({"num_targets": 33}, r"`num_targets` \(33\) do not fit into contexts of"),
         ({"model": {"vocab_size": 255}}, "`model.vocab_size` must be 256 or more"),

@@ -388,7 +388,7 @@ def test_wrong_settings_are_refused_before_any_work(settings, source, tmp_path):
 
     one = write_rows(tmp_path / "one.jsonl", [{"id": "a", "document": "A fox.", "answers": ["fox"]}])
     refused("no field `data.lenght`. Known are train, length, held_out", data__lenght=1)
-    refused("TrainingArguments has no fields max_step", training__max_step=1)
+    refused("TrainingArguments has no field `max_step` .* `max_steps`", training__max_step=1)
     refused("`training`: .*is not a valid", training__eval_strategy="never")
     refused("`training`: `save_total_limit` must be a number, got 'two'", training__save_total_limit="two")
     refused("`training`: `report_to`: wandbee is not installed", training__report_to="wandbee")

@@ -146,7 +146,7 @@ def test_wrong_settings_are_refused(study, tmp_path, monkeypatch, capsys):
     refused("'YaRN' is not trained: it has `from` and `model.changes`", YaRN={"from": "RoPE", "length": 8})
     refused("The variant 'ALiBi': There is no field `lenght`", ALiBi={"lenght": 8})
     refused(
-        "The variant 'ALiBi': FireConfig has no field.* `position_?bais`?",
+        "The variant 'ALiBi': FireConfig has no field `position_bais` .* Did you mean `position_bias`",
         ALiBi={"model.changes": {"position_bais": 1}},
     )
     refused("The variant 'ALiBi': .*got alibaba", ALiBi={"model.changes": {"position_bias": "alibaba"}})

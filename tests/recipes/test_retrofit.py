@@ -15,7 +15,8 @@ import yaml
 from checkpoints import bloom, llama, save_tokenizer
 from helpers import ENVIRONMENT, ROOT, execute, recipe_command
 from retrofit import load, retrofit
-from settings import Retrofit, SettingsError, changed, parse_changes, read_fields
+from retrofit_settings import Retrofit
+from settings import SettingsError, changed, parse_changes, read_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from windows import as_dataset, read_windows, split
 
@@ -86,14 +87,17 @@ def test_wrong_settings_are_refused(settings):
 
     refused("no field `heal.distil`. Known are anneal, distill", heal__distil=1.0)
     refused("no field `output`. Known are output_dir, model", output=1)
-    refused("FireConfig has no fields position_bais", model__config={"position_bais": "none"})
+    refused(
+        "FireConfig has no field `position_bais` .* Did you mean `position_bias`",
+        model__config={"position_bais": "none"},
+    )
     refused("must be 'drop' or 'keep', got 'kept'", model__rotation="kept")
     refused(r"`data.length` \(16\) is not among", data__length=16)
     refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
     refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
     refused("num_targets` \\(0\\) do not fit", evaluation__num_targets=0)
     refused("training windows; one step takes 4000", training__per_device_train_batch_size=4000)
-    refused("TrainingArguments has no fields max_step", training__max_step=3)
+    refused("TrainingArguments has no field `max_step` .* `max_steps`", training__max_step=3)
     refused("`training`: `learning_rate` must be a number, got 'fast'", training__learning_rate="fast")
     refused("`training`: `learning_rate` must be a number, got None", training__learning_rate=None)
     refused("unexpected keyword argument 'algin'", model__calibrate={"algin": True})
