@@ -6,7 +6,7 @@ from typing import Any
 
 from additions import ADDITIONS
 from settings import SettingsError, changed, check_names
-from transformers import TrainingArguments
+from training_arguments import training_arguments
 
 from modeling_fire import FireConfig
 
@@ -57,9 +57,9 @@ class Study:
             if changes.get("addition") not in (None, *ADDITIONS):
                 raise SettingsError(f"{changes['addition']!r} is no addition: there are {', '.join(ADDITIONS)}.")
             training = {**self.training, **changes.get("training", {})}
-            check_names(TrainingArguments, training, "training")
             if SET_HERE & set(training):
                 raise SettingsError(f"Leave out `training.{min(SET_HERE & set(training))}`: the study sets it.")
+            training_arguments(Path(self.output_dir), training)  # raises for what is wrong with them
         if not 1 <= self.num_targets <= min(self.contexts):
             raise SettingsError(f"`num_targets` ({self.num_targets}) do not fit into contexts of {self.contexts}.")
 

@@ -15,21 +15,19 @@ from typing import Any
 
 import evaluate
 import torch
-from accelerate import PartialState
 from accelerate.utils import release_memory
 from disk import check_room, last_checkpoint, train_from
 from finetune_settings import Finetune
-from grid import read_finished, versions, write_json
+from grid import read_finished, run_once, versions, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from pretrained import open_pretrained
 from prompts import Prompts, answer, collate
 from questions import Example, evenly, hold_out, read_examples
-from settings import SettingsError, one_line_errors, settings_from_command_line
+from settings import SettingsError, settings_from_command_line
 from tqdm.auto import tqdm
 from training_arguments import blamed_on
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
 
-from modeling_fire.cards import write_card
 from modeling_fire.evaluation.metrics import metric_path
 from modeling_fire.training import FireTrainer
 
@@ -174,15 +172,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     run = settings_from_command_line(Finetune, __doc__)
     path = Path(run.output_dir) / "results.json"
-    result = read_finished(path, run.settings)
+    result = run_once(path, run.settings, lambda: finetune(run))
     if result is None:
-        with one_line_errors():
-            result = {"settings": run.settings, **finetune(run)}
-            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
-        if "scores" not in result:
-            return
-        write_card(path.parent / "model", results=result)
-        write_json(path, result)
+        return
     counts = result["examples"]
     print(f"\n{run.task}: {counts['held_out']} held-out questions, trained on {counts['train']} at {run.data.length}")
     for length, figures in result["scores"].items():

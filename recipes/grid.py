@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
+from settings import one_line_errors
 
+from modeling_fire.cards import write_card
 from modeling_fire.evaluation.report import write_json
 
 
@@ -37,6 +41,15 @@ class Job:
     settings: dict[str, Any]
     run: Callable[[], dict[str, Any]]
 
+    def do(self) -> dict[str, Any]:
+        """Runs it; and what it leaves in this process, no later one finds."""
+        result = self.run()
+        torch.compiler.reset()  # after a few models that differ it would give up compiling
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()  # else the next run would be logged as part of this one
+        clear_device_cache(garbage_collection=True)
+        return result
+
 
 def run_grid(jobs: list[Job]) -> dict[str, dict[int, dict[str, Any]]]:
     """Runs the jobs that are not finished yet; returns the results of all, by variant and seed."""
@@ -46,7 +59,7 @@ def run_grid(jobs: list[Job]) -> dict[str, dict[int, dict[str, Any]]]:
         if result is None:
             print(f"\n[{number}/{len(jobs)}] {job.variant}, seed {job.seed}", flush=True)
             start = time.monotonic()
-            result = job.run()
+            result = job.do()
             result = {"settings": job.settings, "seconds": round(time.monotonic() - start), **result}
             job.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(job.path, result)
@@ -63,6 +76,30 @@ def read_finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None
     if result["settings"] != json.loads(json.dumps(settings)):
         raise SystemExit(f"{path.parent} was made with other settings: delete it, or choose another `output_dir`.")
     return result
+
+
+def run_once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """
+    The result of a run whose model lies beside it, in `model`: it is kept in `path`, and not made again.
+
+    Args:
+        path (`Path`): a JSON.
+        settings (`dict`): all that the result depends on.
+        run (`Callable`): makes the result, which is empty on all processes but the main one.
+
+    Returns:
+        `dict`, *optional*: on all processes but the main one `None`.
+    """
+    result = read_finished(path, settings)
+    if result is None:
+        with one_line_errors():
+            made = run()
+            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
+        if made:
+            result = {"settings": settings, **made}
+            write_card(path.parent / "model", results=result)
+            write_json(path, result)
+    return result if os.environ.get("RANK", "0") == "0" else None
 
 
 def losses_by_context(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[int, float]]]:

@@ -14,19 +14,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from disk import check_room, last_checkpoint, train_from
 from estimate import on_meta
-from grid import print_perplexities, read_finished, versions, write_json
+from grid import print_perplexities, read_finished, run_once, versions, write_json
 from pretrain_settings import Pretrain, check_shape
 from pretrain_trainer import PretrainTrainer
-from settings import one_line_errors, settings_from_command_line
+from settings import settings_from_command_line
 from stream import PackedStream, held_out_windows
-from transformers import default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, default_data_collator, set_seed
 
 from modeling_fire import FireForCausalLM
-from modeling_fire.cards import write_card
 
 
 def pretrain(run: Pretrain) -> dict[str, Any]:
@@ -46,15 +46,12 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
     stream = PackedStream(
         data.train, data.column, tokenizer, run.length, data.shuffle_buffer, arguments.seed, run.batch_size, state
     )
-    windows: Any = None
-    if arguments.process_index == 0:  # which reads all text; the others get theirs from it
-        longest = max(evaluation.contexts) + 1
-        windows = held_out_windows(data.held_out, data.column, tokenizer, longest, evaluation.num_windows)
+    windows = windows_of(run, tokenizer)
+    if arguments.process_index == 0:
         if state is None:
             next(islice(stream, run.batch_size - 1, None))  # one step; raises if there is not so much text
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "settings.json", {"settings": run.settings})
-    [windows] = broadcast_object_list([windows])
 
     # 2. Train, in float32; `training.bf16` computes in bfloat16.
     set_seed(arguments.seed)
@@ -92,6 +89,17 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
     }
 
 
+def windows_of(run: Pretrain, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """What is held out: the main process reads it, as all text, and the others get it from there."""
+    windows: Any = None
+    if PartialState().is_main_process:
+        data, evaluation = run.data, run.evaluation
+        longest = max(evaluation.contexts) + 1
+        windows = held_out_windows(data.held_out, data.column, tokenizer, longest, evaluation.num_windows)
+    [windows] = broadcast_object_list([windows])
+    return windows
+
+
 def eval_losses(trainer: PretrainTrainer) -> dict[int, dict[int, float]]:
     """What was measured so far, by step and context."""
     losses: dict[int, dict[int, float]] = {}
@@ -105,15 +113,9 @@ def eval_losses(trainer: PretrainTrainer) -> dict[int, dict[int, float]]:
 def main() -> None:
     run = settings_from_command_line(Pretrain, __doc__)
     path = Path(run.output_dir) / "results.json"
-    result = read_finished(path, run.settings)
+    result = run_once(path, run.settings, lambda: pretrain(run))
     if result is None:
-        with one_line_errors():
-            result = {"settings": run.settings, **pretrain(run)}
-            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
-        if "loss" not in result:
-            return
-        write_card(path.parent / "model", results=result)
-        write_json(path, result)
+        return
     losses = {int(context): loss for context, loss in result["loss"].items()}
     print(f"\nPerplexity of the same held-out tokens, trained at {run.length}, by context")
     print_perplexities({Path(run.output_dir).name: {0: losses}})

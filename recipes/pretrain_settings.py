@@ -98,8 +98,6 @@ class Pretrain:
         # The stream itself begins where it was.
         given = {"save_strategy": "steps", "ignore_data_skip": True, **self.training}
         arguments = training_arguments(Path(self.output_dir), given)
-        if arguments.per_device_train_batch_size < 1:
-            raise SettingsError("`training.per_device_train_batch_size` must be at least 1.")
         if arguments.n_gpu > 1:  # Trainer would take torch's DataParallel
             raise SettingsError(
                 f"One process has {arguments.n_gpu} GPUs: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES."

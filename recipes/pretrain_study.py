@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import gather_object
 from corpus import byte_tokenizer
 from grid import Job, mean_losses, origin, print_perplexities, read_finished, run_grid, write_json
-from pretrain import pretrain
+from pretrain import pretrain, windows_of
 from pretrain_settings import Pretrain
 from settings import SettingsError, changed, one_line_errors, read_fields, settings_from_command_line
-from stream import held_out_windows
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.cards import write_card
@@ -96,30 +94,18 @@ class Study:
 
 
 def train(run: Pretrain) -> dict[str, Any]:
-    """As `pretrain.py` does; and what it leaves in this process, no later run finds."""
+    """As `pretrain.py` does."""
     result = pretrain(run)
     if result:
         write_card(Path(run.output_dir) / "model", results={"settings": run.settings, **result})
-    arguments = run.arguments()
-    if arguments.torch_compile:
-        torch.compiler.reset()  # after a few models that differ it would give up compiling
-    if "wandb" in arguments.report_to:
-        import wandb
-
-        wandb.finish()  # else the next run would be logged as part of this one
-    clear_device_cache(garbage_collection=True)
     return result
 
 
 def measure(run: Pretrain, folder: Path) -> dict[str, Any]:
     """The losses of the model in `folder`, with the config of `run`; the processes share the windows."""
-    arguments, data, evaluation = run.arguments(), run.data, run.evaluation
+    arguments, evaluation = run.arguments(), run.evaluation
     tokenizer = run.load_tokenizer()
-    windows: Any = None
-    if arguments.process_index == 0:
-        longest = max(evaluation.contexts) + 1
-        windows = held_out_windows(data.held_out, data.column, tokenizer, longest, evaluation.num_windows)
-    [windows] = broadcast_object_list([windows])  # by when the main process has saved the model
+    windows = windows_of(run, tokenizer)  # by when the main process has saved the model
     model: Any = FireForCausalLM.from_pretrained(folder, config=run.config(tokenizer))
     part = windows[arguments.process_index :: arguments.world_size]
     with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):  # as Trainer evaluates
@@ -139,7 +125,7 @@ def main() -> None:
             results = run_grid(jobs)
         else:
             for job in [job for job in jobs if read_finished(job.path, job.settings) is None]:
-                job.run()
+                job.do()
         PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
     if not is_main:
         return

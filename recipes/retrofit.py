@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from disk import check_room, last_checkpoint, train_from
-from grid import losses_by_context, print_perplexities, read_finished, versions, write_json
+from grid import losses_by_context, print_perplexities, read_finished, run_once, versions, write_json
 from peft import PeftModel, get_peft_model
 from retrofit_plan import Plan
 from retrofit_settings import Retrofit
-from settings import changed, one_line_errors, settings_from_command_line
+from settings import changed, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator, set_seed
 from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
-from modeling_fire.cards import write_card
 from modeling_fire.conversion import convert
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.training import FireTrainer
@@ -115,15 +113,9 @@ def measure(run: Retrofit, model: PreTrainedModel, windows: Windows) -> dict[int
 def main() -> None:
     run = settings_from_command_line(Retrofit, __doc__)
     path = Path(run.output_dir) / "results.json"
-    result = read_finished(path, run.settings)
+    result = run_once(path, run.settings, lambda: retrofit(run))
     if result is None:
-        with one_line_errors():
-            result = {"settings": run.settings, **retrofit(run)}
-            PartialState().destroy_process_group()  # a process that exits while threads of it still talk may abort
-        if "loss" not in result:
-            return
-        write_card(path.parent / "model", results=result)
-        write_json(path, result)
+        return
     name = Path(run.output_dir).name
     print(f"\nPerplexity of the same held-out tokens, trained at {run.data.length}, by context")
     print_perplexities(losses_by_context({name: {0: result}}))

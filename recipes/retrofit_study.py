@@ -55,7 +55,8 @@ class Study:
         changes = self.variants[variant]
         if "from" in changes:
             changes = changed(self.variants[changes["from"]], {"model.config": changes["config"]})
-        run = {"output_dir": str(self.folder(variant, seed)), "training.seed": seed}
+        folder = self.folder(variant, seed)
+        run = {"output_dir": str(folder), "training.seed": seed, "training.run_name": folder.name}
         return read_fields(Retrofit, changed(changed(self.base, changes), run))
 
     def measure_changed(self, variant: str, seed: int) -> dict[str, Any]:

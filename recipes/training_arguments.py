@@ -8,8 +8,9 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from settings import SettingsError, check_names
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
 
 def training_arguments(folder: Path, training: dict[str, Any]) -> TrainingArguments:
@@ -36,6 +37,14 @@ def training_arguments(folder: Path, training: dict[str, Any]) -> TrainingArgume
             **training,
         }
         arguments = TrainingArguments(**given)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(arguments, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+        if arguments.save_only_model and arguments.save_strategy != "no":
+            raise ValueError("`save_only_model` keeps nothing that a killed run could go on from: leave it out.")
+        if arguments.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # what it takes it says
+            make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+            make([torch.nn.Parameter(torch.zeros(1))], weight_decay=arguments.weight_decay, **options)
         missing = set(arguments.report_to) - set(get_available_reporting_integrations())
         if missing:
             raise ValueError(f"`report_to`: {', '.join(sorted(missing))} is not installed, or not known.")

@@ -164,6 +164,7 @@ def test_random_positions():
             r"FireConfig has no field `hiden_size` \(in `model`\). Did you mean `hidden_size`",
         ),
         ({"variants": {"FIRE": {"fire_treshold": False}}}, "no field `fire_treshold` .in `variants.FIRE`"),
+        ({"training": {"learning_rate": -1}}, "`training`: Invalid learning rate: -1"),
         (
             {"training": {"max_step": 3}},
             r"TrainingArguments has no field `max_step` \(in `training`\). Did you mean `max_steps`",

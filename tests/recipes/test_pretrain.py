@@ -15,6 +15,7 @@ import torch
 import yaml
 from corpus import byte_tokenizer
 from disk import last_checkpoint, train_from
+from grid import run_once, write_json
 from helpers import ENVIRONMENT, FEW_STEPS, ROOT, random_texts, recipe_command, write_texts
 from pretrain import main, pretrain
 from pretrain_settings import Pretrain
@@ -258,6 +259,8 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
     refused("`training`: `learning_rate` must be a number, got 'abc'", training__learning_rate="abc")
     refused("`training`: foo is not a valid SchedulerType", training__lr_scheduler_type="foo")
     refused("`training`: `report_to`: foo is not installed, or not known", training__report_to="foo")
+    refused("`training`: Invalid learning rate: -1", training__learning_rate=-1)
+    refused("`training`: `save_only_model` keeps nothing that a killed run", training__save_only_model=True)
     refused("whole number, 1 or more, got 2.5", training__max_steps=2.5)
     refused("per_device_train_batch_size` must be at least 1", training__per_device_train_batch_size=0)
     refused("There is no tokenizer in .*nowhere", tokenizer=str(text / "nowhere"))
@@ -295,6 +298,15 @@ def test_one_process_with_several_gpus_is_refused(settings, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 8)
     with pytest.raises(ValueError, match="One process has 8 GPUs: start with `accelerate launch`"):
         run(settings)
+
+
+def test_a_finished_run_is_shown_by_one_process(tmp_path, monkeypatch):
+    """Which keeps its result; the other processes of a later launch have nothing to say."""
+    path, settings = tmp_path / "results.json", {"length": 64}
+    write_json(path, {"settings": settings, "loss": 1.0})
+    assert run_once(path, settings, run=None)["loss"] == 1.0
+    monkeypatch.setenv("RANK", "1")
+    assert run_once(path, settings, run=None) is None
 
 
 def test_errors_take_one_line(settings, monkeypatch, capsys):
