@@ -19,8 +19,9 @@ import torch
 from accelerate import PartialState
 from classify_plan import Examples, Plan
 from classify_settings import Classify
+from classify_tasks import TASKS
 from disk import check_room, last_checkpoint, train_from
-from grid import half_interval, read_finished, versions, write_json
+from grid import half_interval, is_first_process, read_finished, versions, write_json
 from settings import one_line_errors, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, set_seed
@@ -36,7 +37,7 @@ def classify(run: Classify) -> dict[int, dict[str, Any]]:
     results = {seed: read_finished(run.folder(seed) / "results.json", run.settings) for seed in run.seeds}
     unfinished = [seed for seed, result in results.items() if result is None]
     if not unfinished:
-        return results
+        return results if is_first_process() else {}
     plan = Plan.of(run)
     is_main = run.arguments(unfinished[0]).process_index == 0
     if is_main:
@@ -100,21 +101,19 @@ def start(run: Classify, plan: Plan) -> PreTrainedModel:
 
 
 def measure(trainer: FireTrainer, plan: Plan, examples: Examples) -> dict[str, Any]:
-    """The metric of the task, for the model and for the most frequent of the right classes as the only answer."""
-    task = plan.task
+    """The metric of the task, for the model and for the baseline of the task, which needs none."""
+    task, rows = plan.task, examples.rows
     outputs: Any = trainer.predict(examples.dataset).predictions
-    predictions = outputs.argmax(-1).tolist() if task.labels else outputs[:, 0].tolist()
-    result = {"rows": len(examples.rows), "cut": examples.cut, "classes": examples.counts(task)}
+    result = {"rows": len(rows), "cut": examples.cut, "classes": examples.counts(task)}
     if task.labels:
-        [(majority, _)] = Counter(examples.labels).most_common(1)
-        predicted = Counter(predictions)
+        predicted = Counter(outputs.argmax(-1).tolist())
         result["predicted"] = {name: predicted[number] for number, name in enumerate(task.labels)}
-        result["majority"] = task.score([majority] * len(predictions), examples.labels, examples.rows)
-    return {**result, "metrics": task.score(predictions, examples.labels, examples.rows)}
+        result["majority"] = task.score(task.majority(rows), rows)
+    return {**result, "metrics": task.score(task.answers(outputs, rows), rows)}
 
 
 def print_table(run: Classify, results: dict[int, dict[str, Any]]) -> None:
-    """A table for each set that was measured: the majority class, and the mean over the seeds."""
+    """A table for each set that was measured: the baseline of the task, and the mean over the seeds."""
     first = next(iter(results.values()))
     print(f"\n{run.task}: trained on {described(first['train'])}; mean of {len(results)} seeds and its 95% interval")
     for name, measured in first["measured"].items():
@@ -124,7 +123,7 @@ def print_table(run: Classify, results: dict[int, dict[str, Any]]) -> None:
             values = [figures[figure] for figures in by_seed]
             row[figure] = f"{mean(values):.3f}" + (f" ±{half_interval(values):.3f}" if len(values) > 1 else "")
         majority = {figure: f"{value:.3f}" for figure, value in measured.get("majority", {}).items()}
-        rows = {"majority class": majority, Path(run.output_dir).name: row}
+        rows = {TASKS[run.task].baseline: majority, Path(run.output_dir).name: row}
         width = max(map(len, rows))
         print(f"{name}: {described(measured)}, {measured['cut']:.0%} of them cut to {run.length} tokens")
         print(" " * width + "".join(f"{figure:>22}" for figure in row))
@@ -134,9 +133,10 @@ def print_table(run: Classify, results: dict[int, dict[str, Any]]) -> None:
 
 
 def described(examples: dict[str, Any]) -> str:
-    """The number of rows, and of those of each class."""
+    """The number of rows, of the pairs that they are read as where a row has several, and of those of each class."""
+    rows, pairs = examples["rows"], sum(examples["classes"].values())
     classes = ", ".join(f"{name} {count}" for name, count in examples["classes"].items())
-    return f"{examples['rows']} rows" + (f" ({classes})" if classes else "")
+    return f"{rows} rows" + (f" as {pairs} pairs" if pairs > rows else "") + (f" ({classes})" if classes else "")
 
 
 def main() -> None:

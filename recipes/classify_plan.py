@@ -18,9 +18,11 @@ class Examples:
     """
     Args:
         rows (`list[dict]`): as they were read.
-        labels (`list`): numbers of classes; numbers, where the task has no classes.
-        dataset (`Dataset`): what the model takes.
-        cut (`float`): share of the rows that lost tokens to `length`.
+        labels (`list`):
+            For each example, of which a row has one or more: the number of its class, or a number, where the task has
+            no classes.
+        dataset (`Dataset`): what the model takes of the examples.
+        cut (`float`): share of the examples that lost tokens to `length`.
     """
 
     rows: list[Row]
@@ -35,23 +37,25 @@ class Examples:
         """Raises `ValueError` for the first row that does not fit the task."""
         if not rows:
             raise ValueError(f"{source} has no rows.")
-        labels = []
+        examples = []
         for number, row in enumerate(rows, start=1):
-            missing = [name for name in (*task.columns, "label") if row.get(name) is None]
+            there = [name for name, value in row.items() if value not in (None, [])]
+            missing = [name for name in task.needed if name not in there]
             if missing:
                 raise ValueError(
-                    f"{source}: row {number} has no {', '.join(missing)}, but {', '.join(row)}; the task needs "
-                    f"{', '.join(task.columns)} and label."
+                    f"{source}: row {number} has no {', '.join(missing)}, but {', '.join(there)}; the task needs "
+                    f"{', '.join(task.needed[:-1])} and {task.needed[-1]}."
                 )
             try:
-                labels.append(task.label_of(row["label"]))
+                examples += task.examples_of(row)
             except ValueError as error:
                 raise ValueError(f"{source}: row {number} {error}.") from error
-        features, num_cut = encode([task.texts_of(row) for row in rows], task.cut, tokenizer, length)
-        return cls(rows, labels, Dataset.from_dict({**features, "labels": labels}), num_cut / len(rows))
+        texts, labels = map(list, zip(*examples, strict=True))
+        features, num_cut = encode(texts, task.cut, tokenizer, length)
+        return cls(rows, labels, Dataset.from_dict({**features, "labels": labels}), num_cut / len(labels))
 
     def counts(self, task: Task) -> dict[str, int]:
-        """Rows by the name of their class; empty where the task has no classes."""
+        """Examples by the name of their class; empty where the task has no classes."""
         counted = Counter(self.labels)
         return {name: counted[number] for number, name in enumerate(task.labels)}
 
@@ -91,11 +95,35 @@ def read_rows(source: str | list[str]) -> list[Row]:
     rows: list[Row] = []
     for each in [source] if isinstance(source, str) else source:
         try:
-            rows += open_rows(each)[0]
+            rows += [row for read in open_rows(each)[0] for row in as_on_the_hub(read)]
         except READING_ERRORS as error:
             raise SettingsError(f"{each} cannot be read: {error}") from error
-    # SuperGLUE's own files of WSC have a block that the Hub has not.
-    return [{**row, **row["target"]} if isinstance(row.get("target"), dict) else row for row in rows]
+    return rows
+
+
+def as_on_the_hub(row: Row) -> list[Row]:
+    """
+    What the Hub has for a row of SuperGLUE's own files: they have a block of WSC's spans, and ReCoRD's queries
+    together with their passage, the entities of which are given by their first and last characters.
+    """
+    if isinstance(row.get("target"), dict):
+        return [{**row, **row["target"]}]
+    if not isinstance(row.get("qas"), list):
+        return [row]
+    try:
+        text = row["passage"]["text"]
+        entities = [text[span["start"] : span["end"] + 1] for span in row["passage"]["entities"]]
+        return [
+            {
+                "passage": text,
+                "query": query["query"],
+                "entities": entities,
+                "answers": [answer["text"] for answer in query.get("answers") or []],  # test sets have none
+            }
+            for query in row["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a row with `qas` is not as in SuperGLUE's files of ReCoRD ({error!r})") from error
 
 
 @dataclass
@@ -129,7 +157,7 @@ class Plan:
                 for name, each in validation.items()
             }
             for each in measured.values():  # that the metric loads, and takes these rows
-                task.score(each.labels, each.labels, each.rows)
+                task.score(task.right(each.rows), each.rows)
             return cls(task, config, tokenizer, train, measured)
         except ImportError as error:
             raise SettingsError(

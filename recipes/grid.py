@@ -99,7 +99,12 @@ def run_once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, A
             result = {"settings": settings, **made}
             write_card(path.parent / "model", results=result)
             write_json(path, result)
-    return result if os.environ.get("RANK", "0") == "0" else None
+    return result if is_first_process() else None
+
+
+def is_first_process() -> bool:
+    """Also before the processes know each other, which takes TrainingArguments."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def losses_by_context(results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, dict[int, float]]]:

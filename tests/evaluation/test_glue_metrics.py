@@ -93,6 +93,42 @@ def test_multirc_goes_by_question():
     assert judged(0, 0, 0) == pytest.approx({"exact_match": 0.5, "f1_m": (1 / 3 + 1) / 2, "f1_a": 0.0})
 
 
+def texts(**fields) -> list[dict]:
+    """Entries of ReCoRD, of passage 4 and query 0, 1, ...: a field is given for each of them."""
+    [(name, values)] = fields.items()
+    return [{"idx": {"passage": 4, "query": query}, name: value} for query, value in enumerate(values)]
+
+
+def test_record_takes_the_best_of_the_answers():
+    """
+    Of the second both words are right, of three in one answer and of four in the other; of the third one of two is,
+    which the answer has twice. Articles, signs and capitals do not count.
+    """
+    predictions = texts(prediction_text=["the U.S. Senate!", "Ann Lee", "Lee Ray"])
+    answers = [["Senate", "us senate"], ["Ann Mary Lee", "Ann Lee of Rome"], ["Lee Lee"]]
+    expected = pytest.approx({"exact_match": 1 / 3, "f1": (1 + 4 / 5 + 2 / 4) / 3})
+    assert score("super_glue", "record", predictions, texts(answers=answers)) == expected
+    assert score("super_glue", "record", predictions[::-1], texts(answers=answers)) == expected
+    apart = {"passage": 5, "query": 0}  # the same query of another passage
+    predictions[1]["idx"] = (references := texts(answers=answers))[1]["idx"] = apart
+    assert score("super_glue", "record", predictions, references) == expected
+    nothing = score("super_glue", "record", texts(prediction_text=["", "a"]), texts(answers=[["Ann"], ["the"]]))
+    assert nothing == {"exact_match": 0.5, "f1": 0.0}
+
+
+def test_record_names_the_query_that_is_missing():
+    three, right = texts(prediction_text=["Ann"] * 3), texts(answers=[["Ann"]] * 3)
+    for predictions, references, message in (
+        (three[:2], right, "Passage 4, query 2 has no prediction"),
+        (three, right[1:], "Passage 4, query 0 has no reference"),
+        (three[:2], right[1:], "Passage 4, query 0 has no reference"),
+        ([three[0]] * 3, right, "Passage 4, query 0 occurs twice"),
+        (three, texts(answers=[["Ann"], [], ["Ann"]]), "Passage 4, query 1 has no answers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score("super_glue", "record", predictions, references)
+
+
 def test_loads_without_a_network(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -106,5 +142,5 @@ def test_unknown_names_are_refused():
         metric_path("blue")
     with pytest.raises(ValueError, match=r"GLUE has no configuration 'ax'. Known are cola, mnli"):
         evaluate.load(metric_path("glue"), "ax")
-    with pytest.raises(ValueError, match=r"SuperGLUE has no configuration 'record'. Known are boolq, cb, copa, mul"):
-        evaluate.load(metric_path("super_glue"), "record")
+    with pytest.raises(ValueError, match=r"SuperGLUE has no configuration 'axb'. Known are boolq, cb, copa, mul"):
+        evaluate.load(metric_path("super_glue"), "axb")

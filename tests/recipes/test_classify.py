@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 import classify as recipe
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -58,6 +59,17 @@ HUB = {
             "label": 1,
         },
         "A fox ran.\nWho ran? A fox",
+        "True",
+    ),
+    "record": (
+        {
+            "passage": "A fox ran.",
+            "query": "The @placeholder ran.",
+            "entities": ["fox"],
+            "answers": ["fox"],
+            "idx": {"passage": 0, "query": 0},
+        },
+        "A fox ran.\nThe fox ran.",
         "True",
     ),
     "rte": ({**PREMISE, "label": 1}, "A fox ran.\nIt sat.", "not_entailment"),
@@ -141,7 +153,7 @@ def test_what_is_read_of_a_row(name, tmp_path):
     assert tokenizer.decode(examples.dataset[1]["input_ids"]) == text
     assert examples.labels == [task.labels.index(label) if task.labels else label] * 2
     if task.labels:
-        assert set(task.score(examples.labels, examples.labels, examples.rows).values()) <= {0.0, 1.0}
+        assert set(task.score(task.right(examples.rows), examples.rows).values()) <= {0.0, 1.0}
         assert examples.counts(task)[label] == 2 and sum(examples.counts(task).values()) == 2
     for value, class_name in FILES.get(name, {}).items():
         [found] = Examples.of([{**row, "label": value}], "rows", task, tokenizer, 99).labels
@@ -154,6 +166,92 @@ def test_the_files_of_wsc_have_a_block_of_their_own(tmp_path):
     path = write_rows(tmp_path / "wsc.jsonl", [{"text": row["text"], "target": spans, "label": False}])
     examples = Examples.of(read_rows(path), path, TASKS["wsc"], byte_tokenizer(), 99)
     assert byte_tokenizer().decode(examples.dataset[0]["input_ids"]) == text and examples.labels == [0]
+
+
+# Of ReCoRD: the text, its mentions of entities, the queries and the mentions that answer each.
+MENTIONED = ("Ann met Bob. Annie saw Bob Ray.", ["Ann", "Bob", "Annie", "Bob"])
+ASKED = [("@placeholder met Bob.", ["Ann", "Annie"]), ("Ann met @placeholder; @placeholder left.", ["Bob", "Bob"])]
+
+
+def as_in_the_files(text: str, mentions: list[str], asked: list[tuple[str, list[str]]]) -> dict:
+    """A passage as SuperGLUE's own files of ReCoRD have it."""
+    spans, end = [], 0
+    for mention in mentions:
+        start = text.index(mention, end)
+        end = start + len(mention)
+        spans.append({"start": start, "end": end - 1})
+    queries = [
+        {"query": query, "idx": number, "answers": [{"start": 0, "end": 0, "text": answer} for answer in answers]}
+        for number, (query, answers) in enumerate(asked)
+    ]
+    return {"source": "Daily mail", "passage": {"text": text, "entities": spans}, "qas": queries, "idx": 0}
+
+
+def as_on_the_hub(text: str, mentions: list[str], asked: list[tuple[str, list[str]]]) -> list[dict]:
+    rows = [{"passage": text, "query": query, "answers": sorted(set(answers))} for query, answers in asked]
+    numbers = [{"idx": {"passage": 0, "query": number}} for number in range(len(asked))]
+    entities = {"entities": list(dict.fromkeys(mentions))}
+    return [{**row, **entities, **number} for row, number in zip(rows, numbers, strict=True)]
+
+
+@pytest.mark.parametrize("layout", ["files", "hub"])
+def test_a_query_of_record_is_a_pair_for_each_entity(layout, tmp_path):
+    """Two sources, of which the passages and queries have the same numbers."""
+    rows = [as_in_the_files(*MENTIONED, ASKED)] if layout == "files" else as_on_the_hub(*MENTIONED, ASKED)
+    sources = [write_rows(tmp_path / f"{number}.jsonl", rows) for number in range(2)]
+    task, tokenizer = TASKS["record"], byte_tokenizer()
+    examples = Examples.of(read_rows(sources), sources, task, tokenizer, 60)
+    read = [tokenizer.decode(ids).split("\n") for ids in examples.dataset["input_ids"]]
+    queries = ["Ann met Bob.", "Bob met Bob.", "Annie met Bob."]
+    queries += ["Ann met Ann; Ann left.", "Ann met Bob; Bob left.", "Ann met Annie; Annie left."]
+    assert read == [[MENTIONED[0], query] for query in queries * 2]
+    assert examples.labels == examples.dataset["labels"] == [1, 0, 1, 0, 1, 0] * 2
+    assert len(examples.rows) == 4 and examples.counts(task) == {"False": 6, "True": 6}
+    # Half of the pairs have 44 to 46 tokens, the others 54 to 58.
+    assert Examples.of(examples.rows, sources, task, tokenizer, 50).cut == 0.5
+
+    # The highest True in itself is that of Ann, and the highest above False that of Annie.
+    outputs = np.array([[5.0, 6.0], [0.0, -1.0], [1.0, 3.0]] * 4)
+    answers = task.answers(outputs, examples.rows)
+    assert answers == ["Annie"] * 4 and task.score(answers, examples.rows) == {"exact_match": 0.5, "f1": 0.5}
+    # Ann is a part of Annie, and no mention.
+    assert task.majority(examples.rows) == ["Bob"] * 4
+
+
+def test_record_is_learned_and_its_table_says_pairs(settings, tmp_path, monkeypatch, capsys):
+    """The answer is the one of two letters that the passage has once."""
+    letters = [("y y y n", ["y", "n"], [("@placeholder", ["n"])]), ("n y y", ["n", "y"], [("@placeholder", ["n"])])]
+    path = write_rows(tmp_path / "record.jsonl", [as_in_the_files(*each) for each in letters * 6])
+    given = changed(settings, {"task": "record", "data": {"train": path, "validation": path}})
+    given = changed(given, {"training.max_steps": 20})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+    monkeypatch.setattr(sys, "argv", ["classify.py", str(tmp_path / "run.yaml")])
+    recipe.main()
+    said = capsys.readouterr().out
+    assert "validation: 12 rows as 24 pairs (False 12, True 12), 0% of them cut" in said
+    assert "most frequent entity                 0.000                 0.000" in said and "majority" not in said
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["seeds"]["0"]["measured"]["validation"]
+    assert written["rows"] == 12 and written["predicted"] == written["classes"] == {"False": 12, "True": 12}
+    assert written["metrics"] == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_rows_of_record_that_cannot_be_read_are_refused(tmp_path):
+    [row, _], nested = as_on_the_hub(*MENTIONED, ASKED), as_in_the_files(*MENTIONED, ASKED)
+
+    def refused(message: str, row: dict) -> None:
+        path = write_rows(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(ValueError, match=message):
+            Examples.of(read_rows(path), "rows", TASKS["record"], byte_tokenizer(), 99)
+
+    no_answers = "rows: row 1 has no answers, but passage, query, entities.*; the task needs .*, entities and answers"
+    refused(no_answers, {**row, "answers": []})
+    refused(no_answers, {**nested, "qas": [{"query": "@placeholder", "idx": 0}]})
+    refused("row 1 has entities that are no list, but 'Ann'", {**row, "entities": "Ann"})
+    refused("row 1 has a query without @placeholder: 'Who\\?'", {**row, "query": "Who?"})
+    refused(
+        "cannot be read: a row with `qas` is not as in SuperGLUE's files .*'entities'",
+        {**nested, "passage": {"text": ""}},
+    )
 
 
 def test_what_is_too_long_loses_its_end():
@@ -211,6 +309,11 @@ def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path, monkey
     recipe.main()
     assert capsys.readouterr().out == table, "what is finished is not run again"
     assert (out / "seed0" / "results.json").stat().st_mtime_ns == written
+
+    (out / "results.json").unlink()
+    monkeypatch.setenv("RANK", "1")
+    recipe.main()
+    assert not capsys.readouterr().out and not (out / "results.json").exists(), "that is for the main process"
 
 
 def test_a_killed_run_goes_on(settings, tmp_path, monkeypatch):

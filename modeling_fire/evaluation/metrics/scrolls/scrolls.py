@@ -1,16 +1,13 @@
 """The metrics of SCROLLS (arXiv 2201.03533, section 4), under the names that the official evaluator gives them."""
 
 import math
-import re
-import string
-from collections import Counter
-from collections.abc import Callable
-from statistics import mean
 from typing import Any
 
 import datasets
 import evaluate
 from rouge_score.rouge_scorer import RougeScorer
+
+from modeling_fire.evaluation.metrics.texts import exact_match, f1, mean_of_best
 
 
 # What each of them is judged by.
@@ -31,7 +28,8 @@ class Scrolls(evaluate.Metric):
       stemming, the longest common subsequence over the whole text (`rougeL`, not `rougeLsum`), each the best over the
       references by itself;
     - for `qasper` and `narrative_qa` `f1` of the words, for `quality` and `contract_nli` `exact_match`, both of texts
-      as [`normalized`] leaves them. Where nothing is left of a prediction, `f1` is 0;
+      as [`~modeling_fire.evaluation.metrics.texts.normalized`] leaves them. Where nothing is left of a prediction,
+      `f1` is 0;
 
     and the one of them that the benchmark counts as `scrolls_score`.
 
@@ -57,14 +55,8 @@ class Scrolls(evaluate.Metric):
             figures = rouge(predictions, references)
             return {**figures, "scrolls_score": figures["rouge/geometric_mean"]}
         name, score = ("f1", f1) if self.config_name in F1 else ("exact_match", exact_match)
-        figure = mean_of_best(score, predictions, references)
+        figure = 100 * mean_of_best(score, predictions, references)
         return {name: figure, "scrolls_score": figure}
-
-
-def mean_of_best(score: Callable[[str, str], float], predictions: list[str], references: list[list[str]]) -> float:
-    """In percent; `score` takes a prediction and a reference."""
-    pairs = zip(predictions, references, strict=True)
-    return 100 * mean(max(score(prediction, each) for each in right) for prediction, right in pairs)
 
 
 def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -76,22 +68,5 @@ def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, floa
         def score(prediction: str, reference: str, scorer=scorer, name=name) -> float:
             return scorer.score(reference, prediction)[name].fmeasure
 
-        figures[f"rouge/{name}"] = mean_of_best(score, predictions, references)
+        figures[f"rouge/{name}"] = 100 * mean_of_best(score, predictions, references)
     return {**figures, "rouge/geometric_mean": math.prod(figures.values()) ** (1 / 3)}
-
-
-def normalized(text: str) -> str:
-    """As SQuAD has it (arXiv 1606.05250): lower case, no punctuation, no articles, single blanks."""
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def f1(prediction: str, reference: str) -> float:
-    """Of the words, counted as often as they occur in both."""
-    given, right = normalized(prediction).split(), normalized(reference).split()
-    common = (Counter(given) & Counter(right)).total()
-    return 2 * common / (len(given) + len(right)) if common else 0.0
-
-
-def exact_match(prediction: str, reference: str) -> float:
-    return float(normalized(prediction) == normalized(reference))
