@@ -1,9 +1,12 @@
-"""The plain formula of attention with a piecewise-linear bias: what every fused path is compared with."""
+"""The plain formula of attention with a piecewise-linear bias, which fused paths are compared with; and comparison."""
 
 import torch
 
 from modeling_fire.piecewise_fire import PiecewiseBias, psi, relu_pieces
 from modeling_fire.positions_fire import FirePositions
+
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def dense_bias(bias: PiecewiseBias, positions: FirePositions) -> torch.Tensor:
@@ -71,3 +74,17 @@ def random_bias(
     pieces = relu_pieces(weight_in, bias_in, weight_out, bias_out)
     bias = PiecewiseBias(*pieces, c_, scale, absolute < L, transform)
     return PiecewiseBias(*[f.to(dtype) if torch.is_floating_point(f) else f for f in bias.tensors], transform)
+
+
+def causal(positions: FirePositions) -> torch.Tensor:
+    return (positions.query[:, :, None] >= positions.key[:, None, :])[:, None]
+
+
+def index(*values: int) -> torch.Tensor:
+    return torch.tensor([values])
+
+
+def assert_close(actual, expected, ulps: float, where=True):
+    """Equality within `ulps` float32 roundings of the largest expected value, of the entries that `where` selects."""
+    actual, expected = (torch.where(torch.as_tensor(where), x.detach().double(), 0.0) for x in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=ulps * EPS * float(expected.abs().max()))
