@@ -21,7 +21,7 @@ from classify_plan import Examples, Plan
 from classify_settings import Classify
 from classify_tasks import TASKS
 from disk import check_room, last_checkpoint, train_from
-from grid import half_interval, is_first_process, read_finished, versions, write_json
+from grid import half_interval, is_first_process, origin, read_finished, write_json
 from settings import one_line_errors, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel, set_seed
@@ -83,7 +83,7 @@ def train(run: Classify, plan: Plan, seed: int) -> dict[str, Any]:
         "train": {"rows": len(plan.train.rows), "classes": plan.train.counts(plan.task), "cut": plan.train.cut},
         "measured": measured,
         "train_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
-        "versions": versions(),
+        **origin(),
     }
 
 

@@ -23,7 +23,7 @@ from additions import ADDITIONS
 from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from disk import check_room
 from extrapolate_settings import NOT_OF_A_RUN, OF_ONE_RUN, Study
-from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, versions, write_json
+from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from settings import SettingsError, one_line_errors, settings_from_command_line
 from transformers import TrainingArguments, default_data_collator, set_seed
 
@@ -85,7 +85,7 @@ def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dic
     model = train(study, variant, seed, folder)
     result = {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
     if "addition" not in changes:  # which is not saved
-        write_card(folder, results={"settings": vars(study.of(variant)), "versions": versions(), **result})
+        write_card(folder, results={"settings": vars(study.of(variant)), **origin(), **result})
     return result
 
 

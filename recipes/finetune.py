@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import release_memory
 from disk import check_room, last_checkpoint, train_from
 from finetune_settings import Finetune
-from grid import read_finished, run_once, versions, write_json
+from grid import origin, read_finished, run_once, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from pretrained import open_pretrained
 from prompts import Prompts, answer, collate
@@ -87,7 +87,7 @@ def finetune(run: Finetune) -> dict[str, Any]:
         "examples": {"train": len(train_examples), "held_out": len(held_out)},
         **json.loads((output / "losses.json").read_text()),
         "processes": arguments.world_size,
-        "versions": versions(),
+        **origin(),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -162,20 +163,15 @@ def print_perplexities(
 
 
 def origin() -> dict[str, Any]:
-    """Where the figures of a study come from."""
+    """Where figures come from."""
     is_gpu = torch.cuda.is_available()
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "machine": torch.cuda.get_device_name() if is_gpu else f"{os.cpu_count()} CPUs, {platform.machine()}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
     }

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from disk import check_room, last_checkpoint, train_from
 from estimate import on_meta
-from grid import print_perplexities, read_finished, run_once, versions, write_json
+from grid import origin, print_perplexities, read_finished, run_once, write_json
 from pretrain_settings import Pretrain, check_shape
 from pretrain_trainer import PretrainTrainer
 from settings import settings_from_command_line
@@ -85,7 +85,7 @@ def pretrain(run: Pretrain) -> dict[str, Any]:
         "train_loss": {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry},
         "eval_loss": by_step,
         "processes": arguments.world_size,
-        "versions": versions(),
+        **origin(),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from disk import check_room, last_checkpoint, train_from
-from grid import losses_by_context, print_perplexities, read_finished, run_once, versions, write_json
+from grid import losses_by_context, origin, print_perplexities, read_finished, run_once, write_json
 from peft import PeftModel, get_peft_model
 from retrofit_plan import Plan
 from retrofit_settings import Retrofit
@@ -94,7 +94,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         "train_loss": {entry["step"]: entry["loss"] for entry in history if "loss" in entry},
         "eval_loss": {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
         "tokens_per_step": plan.windows_per_step * run.data.length,
-        "versions": versions(),
+        **origin(),
     }
 
 
