@@ -1,8 +1,10 @@
-"""Tiny random checkpoints of other architectures, for the tests of the conversion."""
+"""Tiny random checkpoints of other architectures, and how to change them, for the tests of the conversion."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BloomConfig,
@@ -83,3 +85,23 @@ def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
     return fast
+
+
+def change_weights(folder: Path, change) -> None:
+    """Rewrites the weights of a checkpoint; `change` edits the dict."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def reads(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_same_state(folder: Path, other: Path):
+    torch.testing.assert_close(reads(folder), reads(other), rtol=0.0, atol=0.0)

@@ -1,6 +1,5 @@
-"""Sources, streaming, staging and what a converted folder holds."""
+"""What a converted folder holds, how it comes to be, and what of that is proven."""
 
-import fnmatch
 import json
 import os
 import shutil
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import bloom, gpt_neox, llama, mpt, save_tokenizer
+from checkpoints import bloom, change_config, change_weights, gpt_neox, llama, mpt, reads
 from helpers import random_ids
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomModel, GenerationConfig, LlamaModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from modeling_fire import FireForCausalLM, conversion
 from modeling_fire.conversion import ConversionError, convert, weights
@@ -24,37 +22,6 @@ from modeling_fire.conversion.weights import WeightMap
 
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """A LLaMA with everything that may come along."""
-    folder = tmp_path / "source"
-    llama().save_pretrained(folder)
-    save_tokenizer(folder)
-    GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=[2, 3]).save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Original\n")
-    return folder
-
-
-def change_weights(folder: Path, change) -> None:
-    """Rewrites the weights of a checkpoint; `change` edits the dict."""
-    state = load_file(folder / "model.safetensors")
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def change_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def reads(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-
-
-def assert_same_state(folder: Path, other: Path):
-    torch.testing.assert_close(reads(folder), reads(other), rtol=0.0, atol=0.0)
 
 
 # What comes along
@@ -194,153 +161,6 @@ def test_alibi_is_exact_beside_weights_in_half_precision(tmp_path):
     assert convert(tmp_path / "source", tmp_path / "out").proof.relative < 2e-6
 
 
-# Files
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_sharded_safetensors(tmp_path, tied):
-    model = gpt_neox(tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
-    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
-    convert(tmp_path / "whole", tmp_path / "expected", verify=False)
-    assert convert(tmp_path / "source", tmp_path / "out", max_shard_size=20_000).proof is not None
-
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [file.name for file in files] == [
-        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
-    ]
-    state = reads(tmp_path / "out")
-    assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
-    for file in files:
-        names = load_file(file)
-        assert {name for name, where in index["weight_map"].items() if where == file.name} == names.keys()
-        assert sum(value.nbytes for value in names.values()) <= 20_000 or len(names) == 1
-    assert_same_state(tmp_path / "out", tmp_path / "expected")
-    assert ("lm_head.weight" in state) is not tied
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_bin_files(tmp_path, sharded):
-    model = gpt_neox()
-    model.save_pretrained(tmp_path / "safe")
-    folder = tmp_path / "source"
-    model.config.save_pretrained(folder)
-    state = model.state_dict()
-    if sharded:
-        names = list(state)
-        parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
-        for file, part in parts.items():
-            torch.save({name: state[name] for name in part}, folder / file)
-        weight_map = {name: file for file, part in parts.items() for name in part}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    else:
-        torch.save(state, folder / "pytorch_model.bin")
-    for name in ("safe", "source"):
-        convert(tmp_path / name, tmp_path / f"{name}-fire")
-    assert_same_state(tmp_path / "source-fire", tmp_path / "safe-fire")
-
-
-def test_a_checkpoint_saved_without_its_head(tmp_path):
-    """The BLOOM models on the Hub are."""
-    model = bloom()
-    model.save_pretrained(tmp_path / "whole")
-    model.transformer.save_pretrained(tmp_path / "source")
-    assert isinstance(model.transformer, BloomModel)
-    assert "ln_f.weight" in reads(tmp_path / "source")
-    for name in ("whole", "source"):
-        convert(tmp_path / name, tmp_path / f"{name}-fire")
-    assert_same_state(tmp_path / "source-fire", tmp_path / "whole-fire")
-
-
-def test_a_tied_head_may_be_stored(tmp_path):
-    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "source")
-
-    def store(state):
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-
-    change_weights(tmp_path / "source", store)
-    convert(tmp_path / "source", tmp_path / "out")
-    assert "lm_head.weight" not in reads(tmp_path / "out")
-
-
-def test_buffers_of_old_versions_are_left_behind(tmp_path):
-    gpt_neox().save_pretrained(tmp_path / "source")
-    old = {"bias": torch.ones(4), "masked_bias": torch.ones(1), "rotary_emb.inv_freq": torch.ones(2)}
-    change_weights(
-        tmp_path / "source",
-        lambda state: state.update({f"gpt_neox.layers.1.attention.{name}": value for name, value in old.items()}),
-    )
-    convert(tmp_path / "source", tmp_path / "out")
-
-
-WRONG_WEIGHTS = {
-    "unknown": (
-        lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
-        r"not in this family's map, or that its config rules out: model.layers.0.self_attn.q_proj.bias\.",
-    ),
-    "a layer too many": (
-        lambda state: state.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}),
-        r"rules out: model.layers.2.mlp.up_proj.weight\.",
-    ),
-    "missing": (
-        lambda state: [state.pop(f"model.layers.{i}.mlp.up_proj.weight") for i in range(2)],
-        r"lacks weights: model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight\.",
-    ),
-    "no head": (lambda state: state.pop("lm_head.weight"), r"lacks weights: lm_head.weight\."),
-    "another shape": (
-        lambda state: state.update({"model.norm.weight": torch.zeros(31)}),
-        r"another shape than its config says: model.norm.weight \(\(31,\) instead of \(32,\)\)",
-    ),
-    "twice": (
-        lambda state: state.update({"norm.weight": torch.zeros(32)}),
-        r"has these twice \(by FIRE's names\): model.norm.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
-def test_wrong_weights_are_named(source, tmp_path, change, message):
-    change_weights(source, change)
-    with pytest.raises(ConversionError, match=message):
-        convert(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_tied_head_that_differs_is_refused(tmp_path):
-    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "source")
-    change_weights(tmp_path / "source", lambda state: state.update({"lm_head.weight": torch.zeros(99, 32)}))
-    with pytest.raises(ConversionError, match="`tie_word_embeddings=True`, but the source has an output embedding"):
-        convert(tmp_path / "source", tmp_path / "out")
-
-
-def test_a_decoder_without_a_head_is_refused(tmp_path):
-    model = llama()
-    model.model.save_pretrained(tmp_path / "source")
-    assert isinstance(model.model, LlamaModel)
-    with pytest.raises(ConversionError, match="lacks weights: lm_head"):
-        convert(tmp_path / "source", tmp_path / "out")
-
-
-def test_missing_files_are_named(source, tmp_path):
-    model = llama()
-    (source / "model.safetensors").unlink()
-    with pytest.raises(ConversionError, match=r"no weights: none of model\.safetensors, .*pytorch_model\.bin"):
-        convert(source, tmp_path / "out")
-    model.save_pretrained(source, max_shard_size="20KB")
-    shard = sorted(source.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(ConversionError, match=f"names files that are missing: {shard.name}"):
-        convert(source, tmp_path / "out")
-    (source / "config.json").write_text("{")
-    with pytest.raises(ConversionError, match="config of source cannot be read"):
-        convert(source, tmp_path / "out")
-    (source / "config.json").unlink()
-    with pytest.raises(ConversionError, match="source has no config"):
-        convert(source, tmp_path / "out")
-
-
 # The output folder
 
 
@@ -419,71 +239,6 @@ def test_overwriting_spares_what_is_no_model_and_the_source(source, tmp_path):
     shutil.copytree(source, source / "inner")
     with pytest.raises(ConversionError, match="holds the source, and is not overwritten"):
         convert(source / "inner", source, overwrite=True)
-
-
-# The Hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub(source, tmp_path, monkeypatch) -> list:
-    """`snapshot_download` from the folder `source`, as if it were the repository `someone/model`; what it fetched."""
-    fetched = []
-
-    def snapshot_download(repo_id, revision=None, allow_patterns=None):
-        if repo_id != "someone/model":
-            raise LocalEntryNotFoundError("nothing there")
-        assert revision in ("v1", COMMIT)
-        snapshot = tmp_path / "cache" / COMMIT
-        snapshot.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                fetched.append(file.name)
-                shutil.copyfile(file, snapshot / file.name)
-        return str(snapshot)
-
-    monkeypatch.setattr(conversion.source, "snapshot_download", snapshot_download)
-    return fetched
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "sharded", "bin"])
-def test_from_the_hub_only_what_is_needed_is_fetched(hub, source, tmp_path, kind):
-    model = llama()
-    if kind == "sharded":
-        (source / "model.safetensors").unlink()
-        model.save_pretrained(source, max_shard_size="20KB")
-    if kind == "bin":
-        (source / "model.safetensors").unlink()
-    torch.save(model.state_dict(), source / "pytorch_model.bin")
-    for name in ("consolidated.safetensors", "model.onnx", "tf_model.h5", "LICENSE"):
-        (source / name).write_text("")
-    result = convert("someone/model", tmp_path / "out", revision="v1")
-    assert (result.source, result.revision) == ("someone/model", COMMIT)
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert (card.data.base_model, card.data.license) == ("someone/model", "apache-2.0")
-    suffix = ".bin" if kind == "bin" else ".safetensors"
-    assert {Path(name).suffix for name in hub} <= {".json", ".jinja", ".md", suffix}
-    assert len(hub) == len(set(hub)) and "consolidated.safetensors" not in hub
-
-
-def test_weights_are_not_fetched_for_a_refusal(hub, source, tmp_path):
-    llama(
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    ).config.save_pretrained(source)
-    with pytest.raises(ConversionError, match="partial_rotary_factor"):
-        convert("someone/model", tmp_path / "out", revision="v1")
-    assert "model.safetensors" not in hub
-
-
-def test_sources_that_are_not_there(hub, source, tmp_path):
-    for name in ("someone/else", "no such: thing"):
-        with pytest.raises(ConversionError, match=f"{name} is no folder, and could not be fetched from the Hub"):
-            convert(name, tmp_path / "out")
-    with pytest.raises(ConversionError, match="`revision` is for checkpoints on the Hub"):
-        convert(source, tmp_path / "out", revision="v1")
-    with pytest.raises(ConversionError, match=r"has no file model\.gguf"):
-        convert(source, tmp_path / "out", gguf_file="model.gguf")
 
 
 # Memory
