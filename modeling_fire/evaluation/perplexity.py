@@ -54,8 +54,8 @@ def loss_by_context(
 
     Raises:
         ValueError: if a context is shorter than the targets, or longer than the windows allow.
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a context takes several chunks and the model returns
-            no KV cache, though it is not recurrent.
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a context takes several chunks, and the model returns
+            no KV cache, though it is not recurrent, or one that several tokens do not go on from.
     """
     if min(contexts) < num_targets or max(contexts) >= windows.shape[1]:
         raise ValueError(
@@ -66,6 +66,8 @@ def loss_by_context(
     model.eval()
     windows = windows.to(model.device)
     targets = windows[:, -num_targets:]
+    if max(contexts) > chunk_size and not rotates_by_length(model):
+        check_chunks(model, windows[0], chunk_size)
     losses: dict[int, list[float]] = {}
     with tqdm(total=len(contexts) * len(windows), desc="evaluating", unit="window", leave=False) as progress:
         for context in sorted(contexts):  # ascending: dynamic NTK does not forget the longest text it has seen
@@ -100,11 +102,13 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
         has `n + 1` tokens before it.
 
     Raises:
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a window takes several chunks and the model returns
-            no KV cache, though it is not recurrent.
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a window takes several chunks, and the model returns
+            no KV cache, though it is not recurrent, or one that several tokens do not go on from.
     """
     was_training = model.training
     model.eval()
+    if windows.shape[1] - 1 > chunk_size:
+        check_chunks(model, windows[0].to(model.device), chunk_size)
     losses = torch.empty(len(windows), windows.shape[1] - 1)
     with tqdm(total=losses.numel(), desc="evaluating", unit="token", leave=False) as progress:
         for window, loss in zip(windows.to(model.device), losses, strict=True):
@@ -115,6 +119,31 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
                 progress.update(end - start)
     model.train(was_training)
     return losses
+
+
+def check_chunks(model: PreTrainedModel, text: torch.Tensor, chunk_size: int) -> None:
+    """
+    Reads the beginning of a text in chunks and at once, which is the same if the KV cache of the model is sound. That
+    of MiniMax goes on one token at a time.
+
+    Raises:
+        [`~modeling_fire.evaluation.errors.EvaluationError`]: if there is no cache, or the loss is another in chunks.
+    """
+    length = min(64, chunk_size)
+    inputs, labels = text[None, :length], text[None, 1 : length + 1]
+
+    def loss(size: int) -> float:
+        return torch.cat(list(losses_in_chunks(model, inputs, labels, size)), dim=1).mean().item()
+
+    try:
+        at_once, in_chunks = loss(length), loss(-(-length // 4))
+        if abs(in_chunks - at_once) > (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.05):
+            raise EvaluationError(
+                f"{type(model).__name__} loses {at_once:.3f} nats a token if it reads a text at once, and "
+                f"{in_chunks:.3f} in chunks: its KV cache does not go on from several tokens."
+            )
+    except EvaluationError as error:
+        raise EvaluationError(f"{error} Take contexts up to {chunk_size}.") from error
 
 
 def losses_in_chunks(
@@ -152,8 +181,7 @@ def losses_in_chunks(
             given["past_key_values"] = outputs.get("past_key_values")
             if given["past_key_values"] is None:
                 raise EvaluationError(
-                    f"{type(model).__name__} returns no KV cache (`past_key_values`), so that it can read no more "
-                    f"than {chunk_size} tokens: take contexts up to that."
+                    f"{type(model).__name__} returns no KV cache (`past_key_values`): it cannot read a text in chunks."
                 )
         del outputs, logits  # before the next forward
         yield loss.view_as(expected)

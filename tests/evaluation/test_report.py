@@ -235,7 +235,7 @@ def test_a_model_without_a_cache_is_refused_beyond_one_forward(folder, tmp_path)
     OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     evaluate([str(tmp_path)], options(folder, contexts=[64], by_position=True))
-    with pytest.raises(EvaluationError, match=r"OpenAIGPTLMHeadModel returns no KV cache .* more than 2048 tokens"):
+    with pytest.raises(EvaluationError, match=r"OpenAIGPTLMHeadModel returns no KV cache .* Take contexts up to 2048"):
         evaluate([str(tmp_path)], options(folder, contexts=[2049]))
 
 
