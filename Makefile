@@ -75,6 +75,7 @@ test-transformers: $(READY)  ## transformers' own common model tests, fetched fr
 
 test-deepspeed: $(READY)  ## ZeRO-3 on two CPU processes; installs DeepSpeed, which warns in every later run that there is no GPU
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[deepspeed]"
+	$(BIN)/python -c "import deepspeed"  # without which the test would be skipped
 	$(PYTEST) -n 0 tests/test_machines.py -k deepspeed
 
 lint: $(READY)  ## Style, common mistakes and security

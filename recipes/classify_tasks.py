@@ -129,9 +129,9 @@ class ChoiceOfEntity(Task):
 
     def examples_of(self, row: Row) -> list[tuple[tuple[str, ...], int | float]]:
         for name in ("entities", "answers"):
-            if not isinstance(row[name], list):
-                raise ValueError(f"has {name} that are no list, but {row[name]!r}")
-        if self.gap not in row["query"]:
+            if not isinstance(row[name], list) or not all(isinstance(each, str) for each in row[name]):
+                raise ValueError(f"has {name} that are no list of texts, but {row[name]!r}")
+        if not isinstance(row["query"], str) or self.gap not in row["query"]:
             raise ValueError(f"has a query without {self.gap}: {row['query']!r}")
         return [
             ((row["passage"], row["query"].replace(self.gap, entity)), int(entity in row["answers"]))

@@ -25,7 +25,8 @@ from disk import check_room
 from extrapolate_settings import NOT_OF_A_RUN, OF_ONE_RUN, Study
 from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from settings import SettingsError, one_line_errors, settings_from_command_line
-from transformers import TrainingArguments, default_data_collator, set_seed
+from training_arguments import training_arguments
+from transformers import default_data_collator, set_seed
 
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.cards import write_card
@@ -45,8 +46,8 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
         ADDITIONS[addition](model, study.length)
     print(f"{model.num_parameters():,} parameters", flush=True)
     unfinished = folder.with_name(folder.name + ".unfinished")
-    arguments = TrainingArguments(
-        output_dir=str(unfinished), seed=seed, data_seed=seed, save_strategy="no", report_to="none", **study.training
+    arguments = training_arguments(
+        unfinished, {"output_dir": str(unfinished), "seed": seed, "data_seed": seed, **study.training}
     )
     check_room(folder, model.num_parameters(), arguments)
     trainer = FireTrainer(

@@ -1,6 +1,7 @@
 """The YAML of a study: what its models share, how they differ, and what may be said of either."""
 
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,4 +78,6 @@ class Study:
         """With what a variant has for itself."""
         names = set(vars(self)) & OF_ONE_RUN
         own = {name: value for name, value in self.variants[variant].items() if name in names}
-        return replace(self, **changed(vars(self), own))
+        result = copy(self)  # as it was checked
+        vars(result).update(changed(vars(self), own))
+        return result

@@ -163,7 +163,7 @@ def print_perplexities(
 
 
 def origin() -> dict[str, Any]:
-    """Where figures come from."""
+    """Where figures come from; the command is without the launcher."""
     is_gpu = torch.cuda.is_available()
     return {
         "command": shlex.join(["python", *sys.argv]),

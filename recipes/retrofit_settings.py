@@ -78,7 +78,8 @@ class Retrofit:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "output_dir"}
+        training = {name: value for name, value in self.training.items() if name != "run_name"}
+        return {name: value for name, value in asdict(self).items() if name != "output_dir"} | {"training": training}
 
     @property
     def source(self) -> dict[str, Any]:

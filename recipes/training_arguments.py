@@ -38,11 +38,13 @@ def training_arguments(folder: Path, training: dict[str, Any]) -> TrainingArgume
         }
         arguments = TrainingArguments(**given)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+            value = getattr(arguments, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {value}.")
         if arguments.save_only_model and arguments.save_strategy != "no":
             raise ValueError("`save_only_model` keeps nothing that a killed run could go on from: leave it out.")
-        if arguments.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # what it takes it says
+        # AdamW itself refuses numbers out of range.
+        if arguments.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             make, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
             make([torch.nn.Parameter(torch.zeros(1))], weight_decay=arguments.weight_decay, **options)
         missing = set(arguments.report_to) - set(get_available_reporting_integrations())

@@ -201,6 +201,13 @@ def test_a_model_whose_cache_does_not_go_on_is_refused(monkeypatch):
     assert loss_by_context(model, windows, [32], num_targets=8, chunk_size=32)
 
 
+def test_rounding_is_not_taken_for_a_bad_cache():
+    """Chunks of 11 tokens differ from 44 at once in bfloat16, by more than float32 would explain."""
+    model, windows = llama(initializer_range=0.3), random_ids(2, 81)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss_by_position(model, windows, chunk_size=44).isfinite().all()
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 16, 100])
 def test_bins_part_the_positions(length):
     bins = bin_positions(torch.arange(1.0, length + 1).expand(2, -1))

@@ -246,7 +246,9 @@ def test_rows_of_record_that_cannot_be_read_are_refused(tmp_path):
     no_answers = "rows: row 1 has no answers, but passage, query, entities.*; the task needs .*, entities and answers"
     refused(no_answers, {**row, "answers": []})
     refused(no_answers, {**nested, "qas": [{"query": "@placeholder", "idx": 0}]})
-    refused("row 1 has entities that are no list, but 'Ann'", {**row, "entities": "Ann"})
+    refused("row 1 has entities that are no list of texts, but 'Ann'", {**row, "entities": "Ann"})
+    refused("row 1 has answers that are no list of texts, but .*text", {**row, "answers": [{"text": "Ann"}]})
+    refused("row 1 has a query without @placeholder: 5", {**row, "query": 5})
     refused("row 1 has a query without @placeholder: 'Who\\?'", {**row, "query": "Who?"})
     refused(
         "cannot be read: a row with `qas` is not as in SuperGLUE's files .*'entities'",

@@ -142,6 +142,14 @@ def test_a_variant_trained_otherwise(study, tmp_path):
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_what_variants_have_for_themselves_is_not_mixed(study):
+    """Both kinds of numbers in one run would be refused."""
+    study["variants"] = {kind: {"training": {kind: True}} for kind in ("bf16", "fp16")}
+    read = Study(**{**study, "show": None})
+    assert read.of("fp16").training == {**study["training"], "fp16": True}
+    assert read.training == study["training"]
+
+
 def test_random_positions():
     blocks = [{"input_ids": torch.zeros(5, dtype=torch.long)}] * 200
     positions = at_random_positions(blocks, reach=9)["position_ids"]

@@ -262,7 +262,7 @@ def test_wrong_settings_are_refused(settings, text, tmp_path):
     refused("`training`: Invalid learning rate: -1", training__learning_rate=-1)
     refused("`training`: `save_only_model` keeps nothing that a killed run", training__save_only_model=True)
     refused("whole number, 1 or more, got 2.5", training__max_steps=2.5)
-    refused("per_device_train_batch_size` must be at least 1", training__per_device_train_batch_size=0)
+    refused("per_device_train_batch_size` must be a whole number, at least 1", training__per_device_train_batch_size=0)
     refused("There is no tokenizer in .*nowhere", tokenizer=str(text / "nowhere"))
     refused("`model`: `hidden_size` must be at least 1, got 0", model__changes={"hidden_size": 0})
     refused("`model`: Field 'position_bias' expected one of", model__changes={"position_bias": "fir"})

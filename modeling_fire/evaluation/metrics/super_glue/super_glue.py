@@ -58,7 +58,7 @@ class SuperGlue(evaluate.Metric):
         )
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As every metric of `evaluate`, which would not say what is missing where there are more of one."""
+        """As every metric of `evaluate`, which would not say what is missing where their numbers differ."""
         if self.config_name == "record" and predictions is not None and references is not None:
             matched(predictions, references)
         return super().compute(predictions=predictions, references=references, **kwargs)
