@@ -254,8 +254,8 @@ class FireModel(FirePreTrainedModel):
                 1 for tokens, 0 for padding, on either side. A prepared mask of 4 dimensions is used as it is.
             position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
                 Position of each token in its document. By default counted from `attention_mask` and the cache.
-                Positions that start again at 0 mark packed documents, which do not see each other; that needs
-                `attention_mask=None` and no `past_key_values`.
+                Positions that do not go on by 1, as where they start again at 0, mark packed documents, which do not
+                see each other; that needs `attention_mask=None` and no `past_key_values`.
             past_key_values (`Cache`, *optional*): KV cache; any of transformers' classes.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from corpus import byte_tokenizer, corpus, evaluation_windows, training_blocks
 from disk import check_room
 from extrapolate_settings import NOT_OF_A_RUN, OF_ONE_RUN, Study
 from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
+from rows import at_random_positions, in_documents
 from settings import SettingsError, one_line_errors, settings_from_command_line
 from training_arguments import training_arguments
 from transformers import default_data_collator, set_seed
@@ -38,14 +40,18 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     """Trains one variant with transformers' Trainer and saves it, whole or not at all."""
     set_seed(seed)
     changes = study.variants[variant]
-    reach, addition = changes.get("random_positions"), changes.get("addition")
     fields = {name: value for name, value in changes.items() if name not in OF_ONE_RUN}
     study = study.of(variant)
     model = FireForCausalLM(FireConfig(**{**study.model, "max_position_embeddings": study.length, **fields}))
-    if addition is not None:
-        ADDITIONS[addition](model, study.length)
+    if "addition" in changes:
+        ADDITIONS[changes["addition"]](model, study.length)
     print(f"{model.num_parameters():,} parameters", flush=True)
     unfinished = folder.with_name(folder.name + ".unfinished")
+    collator: Callable = default_data_collator
+    if "random_positions" in changes:
+        collator = partial(at_random_positions, reach=changes["random_positions"])
+    elif "documents" in changes:
+        collator = partial(in_documents, mean_length=changes["documents"])
     arguments = training_arguments(
         unfinished, {"output_dir": str(unfinished), "seed": seed, "data_seed": seed, **study.training}
     )
@@ -54,7 +60,7 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
         model=model,
         args=arguments,
         train_dataset=training_blocks(corpus(study.text)[0], study.length),
-        data_collator=default_data_collator if reach is None else partial(at_random_positions, reach=reach),
+        data_collator=collator,
         processing_class=byte_tokenizer(),
         bias_lr_multiplier=study.bias_lr_multiplier,
         bias_weight_decay=study.bias_weight_decay,
@@ -65,13 +71,6 @@ def train(study: Study, variant: str, seed: int, folder: Path) -> FireForCausalL
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return model
-
-
-def at_random_positions(blocks: list[dict[str, torch.Tensor]], reach: int) -> dict[str, torch.Tensor]:
-    """A batch whose blocks stand at ascending positions below `reach`, drawn anew each time (arXiv 2305.16843)."""
-    batch = default_data_collator(blocks)
-    drawn = torch.rand(len(blocks), reach).argsort(dim=1)[:, : batch["input_ids"].shape[1]]
-    return {**batch, "position_ids": drawn.sort(dim=1).values}
 
 
 def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dict[str, Any]:

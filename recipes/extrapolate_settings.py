@@ -14,9 +14,10 @@ from modeling_fire import FireConfig
 
 # What may change without making a finished run another one.
 NOT_OF_A_RUN = {"output_dir", "variants", "seeds", "show", "prompt"}
-# What a variant may have for itself: fields of the study; `random_positions`, below which its positions are drawn; and
-# the name of an `addition` to the model.
-OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "random_positions", "addition"}
+# What a variant may have for itself: fields of the study; `random_positions`, below which its positions are drawn, or
+# the mean length of the `documents` that its rows are cut into; and the name of an `addition` to the model.
+OF_THE_ROWS = {"random_positions", "documents"}
+OF_ONE_RUN = {"length", "training", "bias_lr_multiplier", "bias_weight_decay", "addition", *OF_THE_ROWS}
 # TrainingArguments that the study sets.
 SET_HERE = {"output_dir", "seed", "data_seed", "save_strategy", "report_to"}
 

@@ -20,7 +20,7 @@ SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("tiny", 825_240), ("125m", 123_592_872), ("350m", 353_565_616), ("1b", 1_100_073_068)],
+    [("tiny", 825_240), ("50m", 50_932_816), ("125m", 123_592_872), ("350m", 353_565_616), ("1b", 1_100_073_068)],
 )
 def test_shipped_models(name, parameters):
     path = MODELS / f"fire-{name}.json"

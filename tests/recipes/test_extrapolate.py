@@ -8,14 +8,14 @@ import pytest
 import torch
 import yaml
 from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks
-from extrapolate import at_random_positions
 from extrapolate_settings import Study
 from grid import half_interval
 from helpers import ROOT, execute, recipe_command
+from rows import at_random_positions, in_documents
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
-from modeling_fire import FireConfig
+from modeling_fire import FireConfig, FireForCausalLM
 
 
 def test_corpus_parts_whole_files():
@@ -151,10 +151,39 @@ def test_what_variants_have_for_themselves_is_not_mixed(study):
 
 
 def test_random_positions():
-    blocks = [{"input_ids": torch.zeros(5, dtype=torch.long)}] * 200
-    positions = at_random_positions(blocks, reach=9)["position_ids"]
+    rows = [{"input_ids": torch.zeros(5, dtype=torch.long)}] * 200
+    positions = at_random_positions(rows, reach=9)["position_ids"]
     assert positions.shape == (200, 5) and (positions.diff() > 0).all()
     assert positions.unique().tolist() == list(range(9))
+
+
+def seen_by(row: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Which tokens of a row each of them depends on."""
+    set_seed(0)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = FireForCausalLM(FireConfig(vocab_size=8, **shape, fire_init_f="uniform"))  # far keys have weight
+    embeds = model.model.embed_tokens(row.pop("input_ids")).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, **row).logits[0].double()
+    gradients = [torch.autograd.grad(each.square().sum(), embeds, retain_graph=True)[0] for each in logits]
+    return [each[0].abs().sum(-1).nonzero()[:, 0].tolist() for each in gradients]
+
+
+def test_at_random_positions_all_that_is_before_is_seen():
+    ids = torch.arange(8)
+    row = at_random_positions([{"input_ids": ids, "labels": ids}], reach=100)
+    assert seen_by(row) == [list(range(end + 1)) for end in range(8)]
+
+
+def test_documents_of_a_row_do_not_see_each_other():
+    set_seed(0)
+    ids = torch.arange(8)
+    row = in_documents([{"input_ids": ids, "labels": ids}], mean_length=3)
+    [positions], [labels] = row["position_ids"].tolist(), row["labels"].tolist()
+    assert positions.count(0) > 1
+    assert labels == [-100 if position == 0 else i for i, position in enumerate(positions)]
+    assert seen_by(row) == [list(range(i - position, i + 1)) for i, position in enumerate(positions)]
+    rows = in_documents([{"input_ids": torch.zeros(100), "labels": torch.zeros(100).long()}] * 100, mean_length=10)
+    assert 850 < (rows["position_ids"] == 0).sum() < 1250, "one of ten, and the first of each row"
 
 
 @pytest.mark.parametrize(
