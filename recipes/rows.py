@@ -1,4 +1,4 @@
-"""Batches whose rows stand elsewhere than at the positions 0, 1, 2, ...: for studies of what a position bias learns."""
+"""Batches whose rows do not stand at the positions 0, 1, 2, ...: for studies of what a position bias learns."""
 
 import torch
 from transformers import default_data_collator
