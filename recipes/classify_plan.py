@@ -4,8 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from classify_kinds import Row, Task
 from classify_settings import Classify
-from classify_tasks import TASKS, Row, Task
+from classify_tasks import TASKS
 from datasets import Dataset
 from pretrained import open_pretrained
 from settings import SettingsError

@@ -107,7 +107,7 @@ def main() -> None:
     trained = [variant for variant, changes in study.variants.items() if "from" not in changes]
     curves = {variant: loss_by_tokens(results[variant]) for variant in trained}
     output = Path(study.output_dir)
-    content = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_tokens": curves}
+    content = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses, "loss_by_tokens": curves}
     write_json(output / "results.json", content)
     plot_perplexity_by_context(means, output / "perplexity.png", length, "Retrofitted at one length, tested at others")
     plot_perplexity_by_tokens(curves, output / "recovery.png", f"Held-out text, at the training length of {length}")

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,17 +19,29 @@ from modeling_fire.conversion import ConversionError
 Fields = TypeVar("Fields")
 
 
+# What is said of a file that cannot be written to its end: by the system; and by torch.save, of whatever the cause.
+FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+FULL_DISK += ("PytorchStreamWriter failed", "unexpected pos ")
+
+
 class SettingsError(ValueError):
     """Settings that are wrong, or do not fit the data. The message says what to change."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line where its input is at fault."""
+    """Ends the program with one line where its input is at fault, or the disk is full."""
     try:
         yield
     except (SettingsError, ConversionError) as error:
         raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        if not any(sign in str(error) for sign in FULL_DISK):
+            raise
+        raise SystemExit(
+            f"Error: the disk takes no more ({' '.join(str(error).split())}). What was finished is whole: free some "
+            "room and run the same command again."
+        ) from error
 
 
 def settings_from_command_line(fields_class: type[Fields], description: str) -> Fields:
