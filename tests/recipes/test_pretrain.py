@@ -230,10 +230,9 @@ def test_a_disk_that_fills_costs_no_checkpoint(settings, tmp_path):
     failed = subprocess.run(
         [arguments[0], "-c", code, *arguments[1:]], env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert failed.returncode == 1, failed.stderr
-    assert re.search(
-        r"\nError: the disk takes no more \(.*\)\. .* run the same command again\.$", failed.stderr.strip()
-    )
+    *_, last = failed.stderr.strip().splitlines()
+    assert failed.returncode == 1
+    assert re.fullmatch(r"Error: the disk takes no more \(.*\)\. What was .* run the same command again\.", last), last
     folder = tmp_path / "out"
     assert last_checkpoint(str(folder / "checkpoints")) == str(folder / "checkpoints" / "checkpoint-2")
     (folder / "checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')  # half of it
