@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
+from .base_bias_fire import PositionBias
 from .operator_fire import backend_name, fused_attention
 from .piecewise_fire import PiecewiseBias
-from .position_bias_fire import PositionBias
 from .positions_fire import FirePositions
 
 

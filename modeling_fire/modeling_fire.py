@@ -26,10 +26,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
+from .base_bias_fire import PositionBias
 from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
-from .position_bias_fire import PositionBias, build_position_bias
-from .positions_fire import FirePositions, has_jumps, has_padding, padded_positions, paged_positions
+from .position_bias_fire import build_position_bias
+from .positions_fire import FirePositions, paged_positions, token_positions
 
 
 try:
@@ -271,16 +272,18 @@ class FireModel(FirePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        # Before a new cache is made: packed documents are recognised only without one.
-        positions = self.compute_positions(
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            key_position_ids,
-            past_key_values,
-            kwargs.get("cu_seq_lens_q"),
-            kwargs.get("cu_seq_lens_k"),
-        )
+        # Once for all layers, and before a new cache is made: packed documents are recognised only without one.
+        starts: Any = kwargs.get("cu_seq_lens_k")
+        if isinstance(starts, dict):  # continuous batching
+            positions = paged_positions(
+                position_ids, kwargs["cu_seq_lens_q"], starts["full_attention"], attention_mask
+            )
+        else:
+            # A pipeline stage has not the first layers; all that it has have seen the same tokens.
+            layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, FireDecoderLayer)), 0)
+            positions = token_positions(
+                inputs_embeds, attention_mask, position_ids, key_position_ids, past_key_values, layer_idx
+            )
         causal_mask: Any
         if self.config._attn_implementation == "fire":
             # The positions say who sees whom, unless the caller's own mask does.
@@ -313,66 +316,6 @@ class FireModel(FirePreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def compute_positions(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor | None,
-        key_position_ids: torch.LongTensor | None,
-        past_key_values: Cache | None,
-        cu_seq_lens_q: torch.Tensor | None,
-        cu_seq_lens_k: dict[str, torch.Tensor] | torch.Tensor | None,
-    ) -> FirePositions:
-        """
-        Works out, once for all layers, where queries and keys stand and who sees whom. See `forward` for the
-        arguments; `cu_seq_lens_k` is a dict under continuous batching: where each request begins among the keys.
-        """
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
-        if isinstance(cu_seq_lens_k, dict):
-            return paged_positions(position_ids, cu_seq_lens_q, cu_seq_lens_k["full_attention"], attention_mask)
-
-        offset, num_keys = 0, length
-        if past_key_values is not None:
-            # A pipeline stage has not the first layers; all that it has have seen the same tokens.
-            layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, FireDecoderLayer)), 0)
-            offset = past_key_values.get_query_offset(layer_idx)
-            num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
-        key = torch.arange(num_keys, device=device)[None]
-        query = torch.arange(length, device=device)[None] + offset
-        positions = FirePositions(
-            query if position_ids is None else position_ids,
-            query,
-            key,
-            torch.zeros_like(query),
-            query + 1,
-            consecutive=True,
-        )
-        mask = None
-        if attention_mask is not None and attention_mask.ndim != 2:
-            positions = positions._replace(first=None, last=None)
-        elif attention_mask is not None:
-            least = offset + length if isinstance(offset, int) else length
-            if attention_mask.shape[0] != inputs_embeds.shape[0] or not least <= attention_mask.shape[1] <= num_keys:
-                raise ValueError(
-                    f"`attention_mask` has shape {tuple(attention_mask.shape)}; a mask of 2 dimensions is for all "
-                    f"tokens, cached ones included: ({inputs_embeds.shape[0]}, {least})."
-                )
-            if has_padding(attention_mask):
-                mask = nn.functional.pad(attention_mask.to(device).bool(), (0, num_keys - attention_mask.shape[1]))
-                positions = padded_positions(positions, mask, position_ids)
-
-        if key_position_ids is not None:
-            return positions._replace(query=position_ids, key=key_position_ids, visible=mask, consecutive=False)
-        if past_key_values is None and position_ids is not None:
-            if attention_mask is not None:
-                if positions.consecutive and not has_jumps(position_ids, mask):
-                    return positions
-                return positions._replace(query=position_ids, key=position_ids, visible=mask, consecutive=False)
-            # Documents start where positions do not go on.
-            starts = nn.functional.pad(position_ids.diff() != 1, (1, 0))
-            return positions._replace(first=torch.where(starts, query, 0).cummax(-1).values)
-        return positions
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):

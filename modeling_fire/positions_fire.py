@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
 
@@ -111,6 +113,56 @@ class FirePositions(NamedTuple):
             return difference.clamp(min=0)
         # Coordinates of the caller's own need not ascend: a key seen may be ahead.
         return difference.abs().where(self.mask()[:, 0], 0) if self.causal else difference.abs()
+
+
+def token_positions(
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.LongTensor | None = None,
+    key_position_ids: torch.LongTensor | None = None,
+    past_key_values: Cache | None = None,
+    layer_idx: int = 0,
+) -> FirePositions:
+    """
+    What the arguments of a model's forward say of where its tokens stand. See [`FireModel.forward`] for them.
+
+    Args:
+        layer_idx (`int`, *optional*, defaults to 0): whose cache tells how many tokens went before.
+    """
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
+    offset, num_keys = 0, length
+    if past_key_values is not None:
+        offset = past_key_values.get_query_offset(layer_idx)
+        num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
+    key = torch.arange(num_keys, device=device)[None]
+    query = torch.arange(length, device=device)[None] + offset
+    absolute = query if position_ids is None else position_ids
+    positions = FirePositions(absolute, query, key, torch.zeros_like(query), query + 1, consecutive=True)
+    mask = None
+    if attention_mask is not None and attention_mask.ndim != 2:
+        positions = positions._replace(first=None, last=None)
+    elif attention_mask is not None:
+        least = offset + length if isinstance(offset, int) else length
+        if attention_mask.shape[0] != inputs_embeds.shape[0] or not least <= attention_mask.shape[1] <= num_keys:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; a mask of 2 dimensions is for all "
+                f"tokens, cached ones included: ({inputs_embeds.shape[0]}, {least})."
+            )
+        if has_padding(attention_mask):
+            mask = nn.functional.pad(attention_mask.to(device).bool(), (0, num_keys - attention_mask.shape[1]))
+            positions = padded_positions(positions, mask, position_ids)
+
+    if key_position_ids is not None:
+        return positions._replace(query=position_ids, key=key_position_ids, visible=mask, consecutive=False)
+    if past_key_values is not None or position_ids is None:
+        return positions
+    if attention_mask is None:
+        # Documents start where positions do not go on.
+        starts = nn.functional.pad(position_ids.diff() != 1, (1, 0))
+        return positions._replace(first=torch.where(starts, query, 0).cummax(-1).values)
+    if positions.consecutive and not has_jumps(position_ids, mask):
+        return positions
+    return positions._replace(query=position_ids, key=position_ids, visible=mask, consecutive=False)
 
 
 def paged_positions(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling_fire import FireForCausalLM, FirePositionBias
-from modeling_fire.position_bias_fire import PositionBias
+from modeling_fire.base_bias_fire import PositionBias
 from modeling_fire.positions_fire import FirePositions
 
 

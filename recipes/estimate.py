@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from modeling_fire import FireConfig, FireForCausalLM
-from modeling_fire.position_bias_fire import PositionBias
+from modeling_fire.base_bias_fire import PositionBias
 
 
 def on_meta(config: FireConfig) -> FireForCausalLM:

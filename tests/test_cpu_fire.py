@@ -8,8 +8,10 @@ from reference import dense_attention, dense_bias, double, random_bias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_fire import cpu_fire
+from modeling_fire.other_biases_fire import KerplePositionBias
 from modeling_fire.piecewise_fire import PiecewiseBias
-from modeling_fire.position_bias_fire import FirePositionBias, FirePositions, KerplePositionBias
+from modeling_fire.position_bias_fire import FirePositionBias
+from modeling_fire.positions_fire import FirePositions
 
 
 SCALING = 0.3

@@ -9,12 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_fire import FirePositionBias
 from modeling_fire.attention_fire import fire_attention
 from modeling_fire.operator_fire import attention, attention_backward, choose_backend, fused_attention
-from modeling_fire.position_bias_fire import (
-    AlibiPositionBias,
-    KerplePositionBias,
-    SandwichPositionBias,
-    T5PositionBias,
-)
+from modeling_fire.other_biases_fire import AlibiPositionBias, KerplePositionBias, SandwichPositionBias, T5PositionBias
 from modeling_fire.positions_fire import FirePositions
 
 

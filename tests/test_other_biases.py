@@ -12,15 +12,15 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_fire import FirePositionBias
-from modeling_fire.position_bias_fire import (
+from modeling_fire.other_biases_fire import (
     AlibiPositionBias,
     KerplePositionBias,
     SandwichPositionBias,
     T5PositionBias,
     alibi_slopes,
-    build_position_bias,
     t5_bucket,
 )
+from modeling_fire.position_bias_fire import build_position_bias
 from modeling_fire.positions_fire import FirePositions
 
 

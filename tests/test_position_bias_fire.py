@@ -14,13 +14,8 @@ from reference import EPS, assert_close, causal, index
 from torch import nn
 
 from modeling_fire import FirePositionBias
-from modeling_fire.position_bias_fire import (
-    AlibiPositionBias,
-    KerplePositionBias,
-    SandwichPositionBias,
-    T5PositionBias,
-    build_position_bias,
-)
+from modeling_fire.other_biases_fire import AlibiPositionBias, KerplePositionBias, SandwichPositionBias, T5PositionBias
+from modeling_fire.position_bias_fire import build_position_bias
 from modeling_fire.positions_fire import FirePositions
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..position_bias_fire import alibi_slopes
+from ..other_biases_fire import alibi_slopes
 from .family import QKV, Family, Fused, common_fields, require, split_in_thirds
 
 

@@ -7,8 +7,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..base_bias_fire import PositionBias
 from ..modeling_fire import FireAttention
-from ..position_bias_fire import FirePositionBias, PositionBias
+from ..position_bias_fire import FirePositionBias
 
 
 def position_biases(model: torch.nn.Module) -> list[PositionBias]:

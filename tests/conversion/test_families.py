@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from modeling_fire import FireForCausalLM
 from modeling_fire.conversion import FAMILIES, ConversionError, convert
 from modeling_fire.conversion.family import Fused, split_in_thirds
-from modeling_fire.position_bias_fire import alibi_slopes
+from modeling_fire.other_biases_fire import alibi_slopes
 
 
 ORIGINAL = {"original_max_position_embeddings": 16}
