@@ -1,12 +1,14 @@
 """What might keep far keys from taking weight and is not in the paper: for studies, not for models to be kept."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from modeling_fire import FireForCausalLM, FirePositionBias
 from modeling_fire.base_bias_fire import PositionBias
+from modeling_fire.modeling_fire import FireAttention
 from modeling_fire.positions_fire import FirePositions
 
 
@@ -40,15 +42,25 @@ def log_scale(position: torch.Tensor, length: int) -> torch.Tensor:
     return torch.log(position + 1) / math.log(length)
 
 
-def log_scores(model: FireForCausalLM, length: int) -> None:
-    """Multiplies all scores of a query, the bias included, with `log_scale` of its place in the text."""
+def scale_queries(attention: FireAttention, length: int) -> None:
+    """Multiplies the queries of a layer with `log_scale` of where they stand, which a cache moves."""
+    positions: list[FirePositions] = []
+
+    def remember(module: nn.Module, arguments: tuple, given: dict[str, Any]) -> None:
+        positions[:] = [given["positions"]]
 
     def scale(module: nn.Module, arguments: tuple, queries: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(queries.shape[1], device=queries.device)
-        return queries * log_scale(position, length)[:, None]
+        [of_call] = positions
+        return queries * log_scale(of_call.absolute, length)[..., None]
 
+    attention.register_forward_pre_hook(remember, with_kwargs=True)
+    attention.q_proj.register_forward_hook(scale)
+
+
+def log_scores(model: FireForCausalLM, length: int) -> None:
+    """Multiplies all scores of a query, the bias included, with `log_scale` of its place in the text."""
     for layer in model.model.layers:
-        layer.self_attn.q_proj.register_forward_hook(scale)
+        scale_queries(layer.self_attn, length)
         layer.self_attn.position_bias = LogScaled(layer.self_attn.position_bias, length)
 
 

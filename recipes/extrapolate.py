@@ -77,9 +77,7 @@ def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dic
     """Trains a variant, or takes another's model with changes to its config, and evaluates it."""
     changes = dict(study.variants[variant])
     if "from" in changes:
-        folder = study.folder(changes.pop("from"), seed)
-        config = FireConfig.from_dict({**FireConfig.from_pretrained(folder).to_dict(), **changes})
-        model = FireForCausalLM.from_pretrained(folder, config=config).to(PartialState().device)
+        model = load_changed(study.folder(changes.pop("from"), seed), changes)
         return {"loss": loss_by_context(model, windows, study.contexts, study.num_targets)}
     folder = study.folder(variant, seed)
     model = train(study, variant, seed, folder)
@@ -87,6 +85,13 @@ def measure(study: Study, windows: torch.Tensor, variant: str, seed: int) -> dic
     if "addition" not in changes:  # which is not saved
         write_card(folder, results={"settings": vars(study.of(variant)), **origin(), **result})
     return result
+
+
+def load_changed(folder: Path, changes: dict[str, Any]) -> FireForCausalLM:
+    """A trained model with other fields of its config; a wider `dtype` is that of the bias too."""
+    config = FireConfig.from_dict({**FireConfig.from_pretrained(folder).to_dict(), **changes})
+    model: Any = FireForCausalLM.from_pretrained(folder, config=config)
+    return model.to(PartialState().device, model.dtype)  # the bias was loaded in float32
 
 
 def jobs(study: Study) -> list[Job]:

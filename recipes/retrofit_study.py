@@ -104,8 +104,13 @@ def main() -> None:
         "x own 1x": {variant: f"{math.exp(loss[longest] - loss[length]):.3f}" for variant, loss in means.items()},
     }
     print_perplexities(losses, ratios)
-    trained = [variant for variant, changes in study.variants.items() if "from" not in changes]
-    curves = {variant: loss_by_tokens(results[variant]) for variant in trained}
+    # On the way each is measured at the length that it is trained at.
+    drawn = [
+        variant
+        for variant, changes in study.variants.items()
+        if "from" not in changes and study.run(variant, study.seeds[0]).data.length == length
+    ]
+    curves = {variant: loss_by_tokens(results[variant]) for variant in drawn}
     output = Path(study.output_dir)
     content = {**origin(), "study": vars(study), "mean_loss": means, "loss_by_seed": losses, "loss_by_tokens": curves}
     write_json(output / "results.json", content)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from corpus import as_tokens, byte_tokenizer, corpus, evaluation_windows, training_blocks
+from extrapolate import load_changed
 from extrapolate_settings import Study
 from grid import half_interval
-from helpers import ROOT, execute, recipe_command
+from helpers import ROOT, execute, recipe_command, tiny_model
 from rows import at_random_positions, in_documents
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainingArguments, set_seed
@@ -126,6 +127,13 @@ def test_another_variant_with_other_fields_in_the_test(study, tmp_path):
     by_seed = json.loads((out / "results.json").read_text())["loss_by_seed"]["PI"]
     assert means["PI"]["32"] == pytest.approx((by_seed["0"]["32"] + by_seed["1"]["32"]) / 2)
     assert list(means) == ["PI", "FIRE", "RoPE"] and means["PI"]["32"] != means["RoPE"]["32"]
+
+
+def test_a_model_tested_in_float64_is_so_throughout(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = load_changed(tmp_path, {"dtype": "float64", "fire_progressive": False})
+    assert {each.dtype for each in model.parameters()} == {torch.float64}
+    assert not model.config.fire_progressive
 
 
 def test_a_variant_trained_otherwise(study, tmp_path):
