@@ -83,12 +83,23 @@ def causal_blocks(length: int, device: torch.device):
 
 def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
     """
-    PyTorch's FlexAttention, compiled, with the pieces of the bias as captured tables: a table of psi by distance, and
-    one hinge for each knot. Tables that ask for gradients get them.
+    PyTorch's FlexAttention, compiled, with captured tables. Before L that is the bias itself, by distance; past it psi
+    by distance, and one hinge for each knot. Tables that ask for gradients get them.
     """
     length = query.shape[2]
     pieces = bias(FirePositions.arange(length, query.device), piecewise=True)
     table = torch.log1p(pieces.c * torch.arange(length, device=query.device))
+    blocks = causal_blocks(length, query.device)
+    if bool(pieces.shared.all()):
+        x = table * pieces.row_scale[0, 0]
+        segments = torch.bucketize(x, pieces.knots)
+        by_distance = pieces.slope[:, segments] * x + pieces.offset[:, segments]
+
+        def add_from_table(score, b, head, i, j):
+            return score + by_distance[head, (i - j).clamp(min=0)]
+
+        return compiled_flex(query, key, value, score_mod=add_from_table, block_mask=blocks)
+
     # Only knots that some distance reaches: x is at most 1.
     below, above = int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum())
     scale, knots, steps = pieces.row_scale[0], pieces.knots[below:above], pieces.slope.diff(dim=1)[:, below:above]
@@ -102,7 +113,6 @@ def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
             score = score + steps[head, k] * (x - knots[k]).clamp(min=0)
         return score
 
-    blocks = causal_blocks(length, query.device)
     return compiled_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
 
 
