@@ -3,6 +3,7 @@
 import ctypes
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ def machine(device: str) -> dict[str, str | int]:
 
 def write_json(path: Path, result: dict, device: str) -> None:
     """Writes a result with the command and the machine it came from; what was there goes when all is written."""
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(device), **result}
+    result = {"command": shlex.join(["python", *sys.argv]), "machine": machine(device), **result}
     path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".part").replace(path)
 
