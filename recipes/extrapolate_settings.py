@@ -56,6 +56,8 @@ class Study:
         for variant, changes in self.variants.items():
             own = set() if "from" in changes else OF_ONE_RUN
             self.check(variant, {name: value for name, value in changes.items() if name not in {*own, "from"}})
+            if set(changes) >= OF_THE_ROWS:
+                raise SettingsError(f"{variant!r} has both {' and '.join(sorted(OF_THE_ROWS))}: choose one.")
             if changes.get("addition") not in (None, *ADDITIONS):
                 raise SettingsError(f"{changes['addition']!r} is no addition: there are {', '.join(ADDITIONS)}.")
             training = {**self.training, **changes.get("training", {})}

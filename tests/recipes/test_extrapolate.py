@@ -203,6 +203,7 @@ def test_documents_of_a_row_do_not_see_each_other():
             "'RoPE' is not among the variants that are trained: FIRE",
         ),
         ({"variants": {"FIRE": {"addition": "line"}}}, "'FIRE' cannot be loaded again"),
+        ({"variants": {"FIRE": {"documents": 8, "random_positions": 40}}}, "'FIRE' has both documents and random_pos"),
         ({"variants": {"FIRE": {}, "x": {"addition": "lines"}}}, "'lines' is no addition: there are log scores, line"),
         (
             {"model": {"hiden_size": 8}},
