@@ -19,7 +19,13 @@ from retrofit_plan import Plan
 from retrofit_settings import Retrofit
 from settings import changed, settings_from_command_line
 from training_arguments import blamed_on
-from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
 from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
@@ -35,13 +41,16 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     arguments, windows, output = plan.arguments, plan.windows, Path(run.output_dir)
     read_finished(output / "settings.json", run.settings)
 
-    # 2. Convert and calibrate: once, while the other processes wait.
+    # 2. Convert and calibrate, if that is not done: once, while the other processes wait.
     converted = output / "converted"
     with arguments.main_process_first(local=False):
         if not converted.exists():
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "settings.json", {"settings": run.settings})
-            convert(run.model.source, converted, calibrate=plan.calibrate, **run.source)
+            if plan.is_fire:
+                save(FireForCausalLM.from_pretrained(run.model.source, **run.source), plan.tokenizer, converted)
+            else:
+                convert(run.model.source, converted, calibrate=plan.calibrate, **run.source)
 
     # 3. Heal, in float32; `training.bf16` computes in bfloat16.
     set_seed(arguments.seed)  # where LoRA starts
@@ -81,11 +90,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     else:
         changes = plan.changes if run.heal.anneal is None else {**plan.changes, "rope_parameters": None}
         model = PeftModel.from_pretrained(load(converted, changes), str(output / "trained")).merge_and_unload()
-    unfinished = output / "model.unfinished"
-    model.to(FireConfig.from_pretrained(converted).dtype).save_pretrained(unfinished)
-    plan.tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(output / "model", ignore_errors=True)
-    unfinished.rename(output / "model")
+    save(model.to(FireConfig.from_pretrained(converted).dtype), plan.tokenizer, output / "model")
     shutil.rmtree(output / "trained")
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     history = trainer.state.log_history
@@ -103,6 +108,15 @@ def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM
     fields = FireConfig.from_pretrained(folder).to_dict()
     config = FireConfig.from_dict(changed(fields, changes or {}))
     return FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """As `folder`, once it is whole."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def measure(run: Retrofit, model: PreTrainedModel, windows: Windows) -> dict[int, list[float]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArgu
 from transformers.integrations import is_deepspeed_zero3_enabled
 from windows import Windows, read_windows
 
+from modeling_fire import FireConfig
 from modeling_fire.conversion import FAMILIES, CalibrationOptions
 from modeling_fire.training import RotationAnnealing
 
@@ -25,6 +26,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     windows: Windows
     windows_per_step: int
+    is_fire: bool  # the source is converted already
     calibrate: CalibrationOptions | None
     changes: dict[str, Any]  # of the config of the model to train, from that of the converted one
     lora: LoraConfig | None
@@ -38,6 +40,13 @@ class Plan:
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
             config, tokenizer = open_pretrained(run.model.source, "model.source", **run.source)
+            is_fire = isinstance(config, FireConfig)
+            if is_fire and run.model.calibrate is not None:
+                raise ValueError(
+                    "`model.calibrate`: the source is converted already. `fire convert --calibrate` does both."
+                )
+            if is_fire and run.heal.distill is not None and config.rope_parameters is None:
+                raise ValueError("`heal.distill`: the teacher is `model.source`, which has to be with its rotation.")
             windows = windows_of(run, tokenizer)
             per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
             if len(windows.train) < per_step:
@@ -53,7 +62,7 @@ class Plan:
                 lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
             annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
             changes = config_changes(run, config)
-            return cls(arguments, tokenizer, windows, per_step, calibrate, changes, lora, annealing)
+            return cls(arguments, tokenizer, windows, per_step, is_fire, calibrate, changes, lora, annealing)
         except (OSError, TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
 
@@ -69,10 +78,13 @@ def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
 def config_changes(run: Retrofit, config: PreTrainedConfig) -> dict[str, Any]:
     """What differs, in the model to train, from the config of the converted one: `config` is that of the source."""
     if run.model.rotation == "drop" and run.heal.anneal is None:
-        return run.model.config
-    if config.model_type not in FAMILIES:
+        return changed({"rope_parameters": None}, run.model.config)
+    if isinstance(config, FireConfig):
+        rotation = config.rope_parameters
+    elif config.model_type in FAMILIES:
+        rotation = FAMILIES[config.model_type].fire_fields(config).get("rope_parameters")
+    else:
         raise ValueError(f"{config.model_type} cannot be converted. Supported are {', '.join(FAMILIES)}.")
-    fields = FAMILIES[config.model_type].fire_fields(config)
-    if "rope_parameters" not in fields:
-        raise ValueError(f"{config.model_type} has no rotation to keep or to anneal.")
-    return changed({"rope_parameters": fields["rope_parameters"]}, run.model.config)
+    if rotation is None:
+        raise ValueError(f"{run.model.source} has no rotation to keep or to anneal.")
+    return changed({"rope_parameters": rotation}, run.model.config)

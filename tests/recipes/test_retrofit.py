@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from settings import SettingsError, changed, parse_changes, read_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from windows import as_dataset, read_windows, split
 
-from modeling_fire.conversion import CalibrationOptions
+from modeling_fire.conversion import CalibrationOptions, convert
 
 
 TEXT = "Once upon a time there was a little fox. It ran through the woods, and the woods were dark and deep. "
@@ -266,13 +267,48 @@ def test_rotation_and_config(settings, tmp_path):
     assert config.rope_parameters["factor"] == 2.0 and config.rope_parameters["rope_theta"] == 10000.0
 
 
+def test_what_is_converted_is_healed_as_its_source_is(settings, source, tmp_path):
+    def same(converted: dict, original: dict):
+        first = run(settings, output_dir=str(tmp_path / "original"), **original)
+        fire = {"output_dir": str(tmp_path / "converted"), "model__source": str(tmp_path / "fire")}
+        second = run(settings, **fire, **converted)
+        for name in ("loss", "train_loss", "eval_loss"):
+            assert second[name] == first[name]
+        for folder in ("fire", "original", "converted"):
+            shutil.rmtree(tmp_path / folder)
+
+    convert(source, tmp_path / "fire")
+    same({}, {})
+    convert(source, tmp_path / "fire", rotation="keep")
+    same({"heal": {"anneal": 0.5, "distill": 0.5}}, {"heal": {"anneal": 0.5, "distill": 0.5}})
+    text = (source / "text.txt").read_text()
+    calibrate = {"tokens": 640, "seed": 0, "text": [text[: round(0.8 * len(text))]]}
+    convert(source, tmp_path / "fire", calibrate=CalibrationOptions(**calibrate))
+    same({}, {"model__calibrate": calibrate})
+
+
+def test_of_what_is_converted_is_refused_what_is_too_late(settings, source, tmp_path):
+    convert(source, tmp_path / "fire")
+    for message, changes in {
+        "`model.calibrate`: the source is converted already": {"model__calibrate": {}},
+        "`heal.distill`: the teacher is `model.source`": {"heal__distill": 0.5},
+        ".*/fire has no rotation to keep or to anneal": {"heal__anneal": 0.5},
+    }.items():
+        with pytest.raises(SettingsError, match=message):
+            run(settings, model__source=str(tmp_path / "fire"), **changes)
+    assert not Path(settings["output_dir"]).exists()
+
+
 def test_weights_keep_the_type_of_the_source(settings, source, tmp_path):
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
     save_tokenizer(tmp_path / "bfloat16")
     run(settings, model__source=str(tmp_path / "bfloat16"), training__max_steps=2)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    assert model.model.layers[0].self_attn.position_bias.c.dtype == torch.float32
+    healed = tmp_path / "out" / "model"
+    run(settings, output_dir=str(tmp_path / "again"), model__source=str(healed), training__max_steps=2)
+    for folder in (healed, tmp_path / "again" / "model"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.lm_head.weight.dtype == torch.bfloat16
+        assert model.model.layers[0].self_attn.position_bias.c.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["stories260k", "smollm2"])
