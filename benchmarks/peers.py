@@ -81,39 +81,43 @@ def causal_blocks(length: int, device: torch.device):
     return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
 
 
-def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
-    """
-    PyTorch's FlexAttention, compiled, with captured tables. Before L that is the bias itself, by distance; past it psi
-    by distance, and one hinge for each knot. Tables that ask for gradients get them.
-    """
-    length = query.shape[2]
-    pieces = bias(FirePositions.arange(length, query.device), piecewise=True)
-    table = torch.log1p(pieces.c * torch.arange(length, device=query.device))
-    blocks = causal_blocks(length, query.device)
-    if bool(pieces.shared.all()):
-        x = table * pieces.row_scale[0, 0]
-        segments = torch.bucketize(x, pieces.knots)
-        by_distance = pieces.slope[:, segments] * x + pieces.offset[:, segments]
+def add_from_table(pieces, length: int) -> Callable:
+    """The bias by distance: where no row is past L."""
+    x = torch.log1p(pieces.c * torch.arange(length, device=pieces.c.device)) * pieces.row_scale[0, 0]
+    segments = torch.bucketize(x, pieces.knots)
+    bias = pieces.slope[:, segments] * x + pieces.offset[:, segments]
 
-        def add_from_table(score, b, head, i, j):
-            return score + by_distance[head, (i - j).clamp(min=0)]
+    def add(score, b, head, i, j):
+        return score + bias[head, (i - j).clamp(min=0)]
 
-        return compiled_flex(query, key, value, score_mod=add_from_table, block_mask=blocks)
+    return add
 
-    # Only knots that some distance reaches: x is at most 1.
+
+def add_hinges(pieces, length: int) -> Callable:
+    """psi by distance, and one hinge for each knot that some distance reaches: its argument is at most 1."""
+    psi = torch.log1p(pieces.c * torch.arange(length, device=pieces.c.device))
     below, above = int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum())
     scale, knots, steps = pieces.row_scale[0], pieces.knots[below:above], pieces.slope.diff(dim=1)[:, below:above]
     first, start = pieces.slope[:, below].contiguous(), pieces.offset[:, below].contiguous()
     knots, steps = knots.contiguous(), steps.contiguous()
 
-    def add_bias(score, b, head, i, j):
-        x = table[(i - j).clamp(min=0)] * scale[i]
+    def add(score, b, head, i, j):
+        x = psi[(i - j).clamp(min=0)] * scale[i]
         score = score + start[head] + first[head] * x
         for k in range(knots.shape[0]):
             score = score + steps[head, k] * (x - knots[k]).clamp(min=0)
         return score
 
-    return compiled_flex(query, key, value, score_mod=add_bias, block_mask=blocks)
+    return add
+
+
+def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+    """PyTorch's FlexAttention, compiled, with captured tables, which get gradients if they ask for them."""
+    length = query.shape[2]
+    pieces = bias(FirePositions.arange(length, query.device), piecewise=True)
+    add = add_from_table if bool(pieces.shared.all()) else add_hinges
+    blocks = causal_blocks(length, query.device)
+    return compiled_flex(query, key, value, score_mod=add(pieces, length), block_mask=blocks)
 
 
 def flex_constant(query, key, value, bias: FirePositionBias) -> torch.Tensor:
