@@ -36,6 +36,7 @@ class Dtype(str, Enum):
 
 class Rotation(str, Enum):
     drop = "drop"
+    fast = "fast"
     keep = "keep"
 
 
@@ -44,7 +45,11 @@ def convert(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears when all is done.")],
     rotation: Annotated[
-        Rotation, typer.Option(help="drop: pure FIRE, to be trained. keep: computes what SOURCE does, RoPE included.")
+        Rotation,
+        typer.Option(
+            help="drop: pure FIRE, to be trained. fast: FIRE, and of RoPE what turns so fast that distance brings "
+            "nothing new; to be trained, but nearer to SOURCE. keep: computes what SOURCE does, RoPE included."
+        ),
     ] = Rotation.drop,
     calibrate: Annotated[
         str | None,

@@ -67,6 +67,8 @@ class FireConfig(PreTrainedConfig):
             default is no rotation. Meant for comparisons and for retrofitting, beside or instead of a bias.
         rope_angle_scale (`float`, *optional*, defaults to 1.0):
             Factor in [0, 1] on every rotation angle: 1 is RoPE, 0 rotates nothing. YaRN's temperature goes with it.
+        rope_max_period (`float`, *optional*):
+            In tokens: pairs of dimensions that take longer for a turn are not rotated. The default is that all are.
 
     Example:
 
@@ -143,6 +145,7 @@ class FireConfig(PreTrainedConfig):
     fire_threshold: bool = True
     rope_parameters: dict | None = None
     rope_angle_scale: float | int = 1.0
+    rope_max_period: float | int | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -208,6 +211,8 @@ class FireConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
         if not 0.0 <= self.rope_angle_scale <= 1.0:
             raise ValueError(f"`rope_angle_scale` must be in [0, 1], got {self.rope_angle_scale}.")
+        if self.rope_max_period is not None and not 0 < self.rope_max_period < float("inf"):
+            raise ValueError(f"`rope_max_period` must be positive and finite, or `None`; got {self.rope_max_period}.")
         if self.rope_parameters is None:
             return
         rope_type = self.rope_parameters.get("rope_type")
@@ -216,6 +221,8 @@ class FireConfig(PreTrainedConfig):
                 f"`rope_parameters['rope_type']` must be one of 'default', 'linear', 'dynamic', 'yarn' and 'llama3', "
                 f"got {rope_type!r}."
             )
+        if rope_type == "dynamic" and self.rope_max_period is not None:
+            raise ValueError("`rope_max_period` is not for the `rope_type` 'dynamic', whose periods change.")
         rotary_dim = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
         if rotary_dim < 2 or rotary_dim % 2 != 0:
             raise ValueError(

@@ -1,5 +1,6 @@
 """FIRE models: a pre-norm decoder whose attention scores carry a learned function of distance (arXiv 2310.04418)."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -52,13 +53,17 @@ def build_norm(config: FireConfig) -> nn.Module:
 class FireRotaryEmbedding(GPTNeoXRotaryEmbedding):
     """
     transformers' rotation, for part of a head if so configured, with every angle times `rope_angle_scale`. YaRN's
-    temperature goes with the angles: at 0 there is nothing left of either.
+    temperature goes with the angles: at 0 there is nothing left of either. Pairs that turn slower than
+    `rope_max_period` says stand still.
     """
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float32)
+        frequencies = self.inv_freq.to(hidden_states.device, torch.float32)
+        if self.config.rope_max_period is not None:
+            frequencies = frequencies * (frequencies * self.config.rope_max_period >= 2 * math.pi)
+        angles = position_ids[..., None].float() * frequencies
         scale = self.config.rope_angle_scale
         angles = torch.cat((angles, angles), dim=-1) * scale
         temperature = 1.0 + (self.attention_scaling - 1.0) * scale

@@ -1,7 +1,10 @@
 """The model that a run starts from: what is known of it before its weights are loaded."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from settings import SettingsError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -34,3 +37,19 @@ def open_pretrained(source: str, field: str, **options: Any) -> tuple[Any, PreTr
             "from 0: give it the tokenizer that it was trained with, or resize its embeddings."
         )
     return config, tokenizer
+
+
+def copy_pretrained(source: str, folder: Path, revision: str | None) -> None:
+    """
+    Args:
+        source (`str`): a folder, or a name on the Hub.
+        folder (`Path`): where its files are to lie, once all of them do; not what lies in folders of its own.
+        revision (`str`, *optional*): on the Hub.
+    """
+    found = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished.mkdir(exist_ok=True)
+    for path in found.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, unfinished / path.name)
+    unfinished.rename(folder)

@@ -15,6 +15,7 @@ import torch
 from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, origin, print_perplexities, read_finished, run_once, write_json
 from peft import PeftModel, get_peft_model
+from pretrained import copy_pretrained
 from retrofit_plan import Plan
 from retrofit_settings import Retrofit
 from settings import changed, settings_from_command_line
@@ -48,13 +49,14 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "settings.json", {"settings": run.settings})
             if plan.is_fire:
-                save(FireForCausalLM.from_pretrained(run.model.source, **run.source), plan.tokenizer, converted)
+                copy_pretrained(run.model.source, converted, run.model.revision)
             else:
-                convert(run.model.source, converted, calibrate=plan.calibrate, **run.source)
+                convert(run.model.source, converted, rotation=run.rotation, calibrate=plan.calibrate, **run.source)
 
     # 3. Heal, in float32; `training.bf16` computes in bfloat16.
+    changes = run.model.config if run.rotation != "drop" else {"rope_parameters": None, **run.model.config}
     set_seed(arguments.seed)  # where LoRA starts
-    model: Any = load(converted, plan.changes)
+    model: Any = load(converted, changes)
     if plan.lora is not None:
         with blamed_on("heal.lora"):  # if there are no such modules
             model = get_peft_model(model, plan.lora)
@@ -88,7 +90,8 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     if plan.lora is None:
         model = load(output / "trained")
     else:
-        changes = plan.changes if run.heal.anneal is None else {**plan.changes, "rope_parameters": None}
+        if run.heal.anneal is not None:
+            changes = {**changes, "rope_parameters": None}
         model = PeftModel.from_pretrained(load(converted, changes), str(output / "trained")).merge_and_unload()
     save(model.to(FireConfig.from_pretrained(converted).dtype), plan.tokenizer, output / "model")
     shutil.rmtree(output / "trained")

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from pretrained import open_pretrained
 from retrofit_settings import Retrofit
-from settings import SettingsError, changed
+from settings import SettingsError
 from training_arguments import training_arguments
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,7 +27,6 @@ class Plan:
     windows_per_step: int
     is_fire: bool  # the source is converted already
     calibrate: CalibrationOptions | None
-    changes: dict[str, Any]  # of the config of the model to train, from that of the converted one
     lora: LoraConfig | None
     annealing: RotationAnnealing | None
 
@@ -40,13 +38,7 @@ class Plan:
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
             config, tokenizer = open_pretrained(run.model.source, "model.source", **run.source)
-            is_fire = isinstance(config, FireConfig)
-            if is_fire and run.model.calibrate is not None:
-                raise ValueError(
-                    "`model.calibrate`: the source is converted already. `fire convert --calibrate` does both."
-                )
-            if is_fire and run.heal.distill is not None and config.rope_parameters is None:
-                raise ValueError("`heal.distill`: the teacher is `model.source`, which has to be with its rotation.")
+            check_source(run, config)
             windows = windows_of(run, tokenizer)
             per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
             if len(windows.train) < per_step:
@@ -61,8 +53,8 @@ class Plan:
                 trained = sorted({"position_bias", *run.heal.lora.get("modules_to_save", ())})
                 lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
             annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
-            changes = config_changes(run, config)
-            return cls(arguments, tokenizer, windows, per_step, is_fire, calibrate, changes, lora, annealing)
+            is_fire = isinstance(config, FireConfig)
+            return cls(arguments, tokenizer, windows, per_step, is_fire, calibrate, lora, annealing)
         except (OSError, TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
 
@@ -75,16 +67,23 @@ def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
     )
 
 
-def config_changes(run: Retrofit, config: PreTrainedConfig) -> dict[str, Any]:
-    """What differs, in the model to train, from the config of the converted one: `config` is that of the source."""
-    if run.model.rotation == "drop" and run.heal.anneal is None:
-        return changed({"rope_parameters": None}, run.model.config)
-    if isinstance(config, FireConfig):
-        rotation = config.rope_parameters
-    elif config.model_type in FAMILIES:
-        rotation = FAMILIES[config.model_type].fire_fields(config).get("rope_parameters")
-    else:
-        raise ValueError(f"{config.model_type} cannot be converted. Supported are {', '.join(FAMILIES)}.")
-    if rotation is None:
+def check_source(run: Retrofit, config: PreTrainedConfig) -> None:
+    """Raises a ValueError if what the settings ask for cannot be done with a source that has this `config`."""
+    rotation = run.rotation
+    if not isinstance(config, FireConfig):
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"{config.model_type} cannot be converted. Supported are {', '.join(FAMILIES)}.")
+        if rotation != "drop" and FAMILIES[config.model_type].alibi_slopes is not None:
+            raise ValueError(f"{config.model_type} has no rotation to keep or to anneal.")
+        return
+    if run.model.calibrate is not None or rotation == "fast":
+        raise ValueError(
+            f"{run.model.source} is converted already: `model.calibrate` and `model.rotation: fast` are for what is "
+            "not. `fire convert` has both."
+        )
+    if rotation == "keep" and config.rope_parameters is None:
         raise ValueError(f"{run.model.source} has no rotation to keep or to anneal.")
-    return changed({"rope_parameters": rotation}, run.model.config)
+    if rotation == "drop" and config.rope_max_period is not None:
+        raise ValueError(f"{run.model.source} was converted to keep part of its rotation: set `model.rotation: keep`.")
+    if run.heal.distill is not None and (config.rope_parameters is None or config.rope_max_period is not None):
+        raise ValueError("`heal.distill`: the teacher is `model.source`, which has to be with its whole rotation.")

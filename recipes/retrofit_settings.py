@@ -1,7 +1,7 @@
 """The YAML of a retrofit."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from settings import check_names
 
@@ -15,13 +15,15 @@ class Model:
     source: str
     gguf_file: str | None = None
     revision: str | None = None
-    rotation: str = "drop"  # or "keep", also in the trained model; `heal.anneal` begins with it in any case
+    rotation: Literal["drop", "fast", "keep"] = (
+        "drop"  # or "fast" or "keep", also in the trained model; `heal.anneal` begins with all of it
+    )
     calibrate: dict | None = None  # fields of CalibrationOptions; the text is that of the training, if not set
     config: dict = field(default_factory=dict)  # fields of FireConfig that differ from the converted model's
 
     def __post_init__(self):
-        if self.rotation not in ("drop", "keep"):
-            raise ValueError(f"`model.rotation` must be 'drop' or 'keep', got {self.rotation!r}.")
+        if self.rotation not in ("drop", "fast", "keep"):
+            raise ValueError(f"`model.rotation` must be 'drop', 'fast' or 'keep', got {self.rotation!r}.")
         check_names(FireConfig, self.config, "model.config")
 
 
@@ -69,11 +71,18 @@ class Retrofit:
     def __post_init__(self):
         if self.model.calibrate is not None and (self.model.rotation == "keep" or self.heal.anneal is not None):
             raise ValueError("`model.calibrate` is for a rotation that is dropped at once: not kept, nor annealed.")
+        if self.model.rotation == "fast" and self.heal.anneal is not None:
+            raise ValueError("`heal.anneal` takes the whole rotation: `model.rotation` cannot be 'fast'.")
         contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
         if self.data.length not in contexts:
             raise ValueError(f"`data.length` ({self.data.length}) is not among `evaluation.contexts`: {contexts}.")
         if not 1 <= num_targets <= min(contexts):
             raise ValueError(f"`evaluation.num_targets` ({num_targets}) do not fit into contexts of {contexts}.")
+
+    @property
+    def rotation(self) -> Literal["drop", "fast", "keep"]:
+        """What the conversion does with the rotation."""
+        return self.model.rotation if self.heal.anneal is None else "keep"
 
     @property
     def settings(self) -> dict[str, Any]:

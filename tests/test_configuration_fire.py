@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import re
 
 import pytest
@@ -70,6 +71,7 @@ CHANGED = {
     "fire_threshold": False,
     "rope_parameters": {**ROPE, "partial_rotary_factor": 0.4},
     "rope_angle_scale": 0.5,
+    "rope_max_period": 40.0,
 }
 
 
@@ -167,6 +169,11 @@ def test_a_rotation_is_never_dropped_silently(legacy):
         ({"fire_init_L": float("nan")}, "`fire_init_L` must be positive"),
         ({"fire_eps": 0.0}, "`fire_eps` must be positive"),
         ({"rope_angle_scale": 1.5}, r"`rope_angle_scale` must be in \[0, 1\]"),
+        ({"rope_max_period": 0}, "`rope_max_period` must be positive and finite"),
+        (
+            {"rope_max_period": 9, "rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}},
+            "is not for the `rope_type` 'dynamic'",
+        ),
         (
             {"rope_parameters": {**ROPE, "rope_type": "su"}},
             r"`rope_parameters\['rope_type'\]` must be one of 'default'",
@@ -403,6 +410,20 @@ def test_the_scale_of_the_angles_leaves_dynamic_scaling_to_the_true_length():
     rotary.config.rope_angle_scale = 0.5
     half = torch.atan2(*reversed(rotary(torch.zeros(1), position_ids)))
     torch.testing.assert_close(half[0, 1], angle[0, 1] / 2)
+
+
+@pytest.mark.parametrize("rope_type", [name for name in ROPES if name != "dynamic"])
+def test_what_turns_slower_than_the_longest_period_stands_still(rope_type):
+    rotary = tiny_model(position_bias="none", rope_parameters=dict(ROPES[rope_type]), head_dim=32).model.rotary_emb
+    position_ids = torch.arange(200)[None]
+    whole = rotary(torch.zeros(1), position_ids)
+    periods = 2 * math.pi / rotary.inv_freq.repeat(2)
+    rotary.config.rope_max_period = 50.0
+    cos, sin = rotary(torch.zeros(1), position_ids)
+    fast = periods <= 50
+    assert 0 < fast.sum() < 32
+    assert torch.equal(cos[..., fast], whole[0][..., fast]) and torch.equal(sin[..., fast], whole[1][..., fast])
+    assert (cos[..., ~fast] == whole[0][0, 0, 0]).all() and not sin[..., ~fast].any()
 
 
 def test_a_scale_of_one_half_halves_every_angle():

@@ -36,6 +36,9 @@ from .weights import Shard, WeightMap, bias_weights, read, write_shards
 
 FAMILIES = {model_type: family for family in (LLAMA, GPT_NEOX, BLOOM, MPT) for model_type in family.model_types}
 RECORD_NAME = "conversion.json"
+# A pair of dimensions whose rotation turns so often within the training length has been seen at every angle, many
+# times over: more distance brings nothing new. `rotation="fast"` keeps these.
+TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Conversion:
         revision (`str`, *optional*): commit of the source on the Hub.
         gguf_file (`str`, *optional*): the file that was read.
         model_type (`str`): the source's.
-        rotation (`str`, *optional*): `"drop"` or `"keep"`; `None` for ALiBi.
+        rotation (`str`, *optional*): `"drop"`, `"fast"` or `"keep"`; `None` for ALiBi.
         max_length (`float`): `L`, in tokens.
         proof ([`Proof`], *optional*): `None` if it was not asked for.
         calibration ([`Calibration`], *optional*): likewise.
@@ -70,7 +73,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    rotation: Literal["drop", "keep"] = "drop",
+    rotation: Literal["drop", "fast", "keep"] = "drop",
     calibrate: CalibrationOptions | None = None,
     max_length: int | None = None,
     prompt: str | None = None,
@@ -92,7 +95,8 @@ def convert(
         out (`str` or `Path`): folder to write.
         rotation (`str`, *optional*, defaults to `"drop"`):
             `"drop"` writes pure FIRE; `"keep"` the model that computes what the original does, with the rotation at
-            scale 1. In both FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
+            scale 1; `"fast"` keeps only what of the rotation turns at least [`TURNS`] times within the training
+            length. In all FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
         calibrate ([`CalibrationOptions`], *optional*):
             Has the bias take over what the dropped rotation did, as far as that goes without training the model.
         max_length (`int`, *optional*, defaults to 64 times the training length):
@@ -120,7 +124,7 @@ def convert(
     family = FAMILIES[config.model_type]
     kept, final = fire_configs(family, config, rotation, max_length)
     if calibrate is not None and (rotation == "keep" or family.alibi_slopes is not None):
-        raise ConversionError("`calibrate` is for a rotation that is dropped.")
+        raise ConversionError("`calibrate` is for a rotation that is dropped, or of which the slow part is.")
 
     with torch.device("meta"):
         model = FireForCausalLM(final)
@@ -147,7 +151,7 @@ def convert(
             raise ConversionError(f"The converted model is not the original: {proof}. Nothing was written.")
         calibration = None
         if calibrate is not None:
-            calibration = calibrate_folder(staging, kept, calibrate, windows)
+            calibration = calibrate_folder(staging, kept, calibrate, windows, final.rope_max_period)
 
         record = Conversion(
             source=original.name,
@@ -204,21 +208,26 @@ def fire_configs(
     The config that computes what the original does, and the one to save. Raises [`ConversionError`] for options that
     FIRE does not have.
     """
-    if rotation not in ("drop", "keep"):
-        raise ConversionError(f"`rotation` must be 'drop' or 'keep', got {rotation!r}.")
+    if rotation not in ("drop", "fast", "keep"):
+        raise ConversionError(f"`rotation` must be 'drop', 'fast' or 'keep', got {rotation!r}.")
     alibi = family.alibi_slopes is not None
-    if alibi and rotation == "keep":
-        raise ConversionError(f"`rotation='keep'` does not apply: {config.model_type} has ALiBi, and no rotation.")
+    if alibi and rotation != "drop":
+        raise ConversionError(f"`rotation={rotation!r}` does not apply: {config.model_type} has ALiBi, not RoPE.")
     try:
         fields = family.fire_fields(config) | {"fire_init_L": max_length, "architectures": ["FireForCausalLM"]}
         if alibi:  # the form of `FirePositionBias.from_alibi`
             fields |= {"fire_transform": "identity", "fire_mlp_width": 1}
         kept = FireConfig(**fields)
-        dropped = FireConfig(**fields | {"rope_parameters": None})
+        changes = {
+            "drop": {"rope_parameters": None},
+            "fast": {"rope_max_period": fields["max_position_embeddings"] / TURNS},
+            "keep": {},
+        }
+        final = FireConfig(**fields | changes[rotation])
     except (ConversionError, StrictDataclassError) as error:
         problem = error.__cause__ or error  # without what `@strict` says around it
         raise ConversionError(f"{config.model_type}: {problem} Supported are {', '.join(FAMILIES)}.") from error
-    return kept, dropped if rotation == "drop" else kept
+    return kept, final
 
 
 def converted(

@@ -1,4 +1,4 @@
-"""A layer of attention without rotation learns to give what the layer with rotation gave, on the same inputs."""
+"""A layer of attention without rotation, or with less, learns to give what the original gave, on the same inputs."""
 
 import math
 
@@ -19,6 +19,7 @@ def align(
     original: FireAttention,
     hidden_states: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
     positions: FirePositions,
     batch_size: int,
     generator: torch.Generator,
@@ -31,6 +32,7 @@ def align(
         original ([`FireAttention`]): what it imitates.
         hidden_states (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the original layer had.
         rotation (`tuple[torch.Tensor, torch.Tensor]`): for `original`.
+        kept (`tuple[torch.Tensor, torch.Tensor]`, *optional*): what the layer has of it.
         positions ([`FirePositions`]): of one window.
         batch_size (`int`): windows in a step.
         generator (`torch.Generator`): of the order of the windows; on the CPU.
@@ -57,7 +59,7 @@ def align(
         with torch.no_grad():
             inputs = layer.input_layernorm(hidden_states[batch].to(positions.query.device))
             wanted, _ = original(inputs, positions=positions, position_embeddings=rotation)
-        output, _ = attention(inputs, positions=positions)
+        output, _ = attention(inputs, positions=positions, position_embeddings=kept)
         # A layer may give 0, as those do that were added to deepen a model.
         size = wanted.square().mean().clamp(min=torch.finfo(wanted.dtype).tiny)
         error = (output - wanted).square().mean() / size

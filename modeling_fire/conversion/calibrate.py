@@ -1,5 +1,6 @@
 """
-What the rotation of a converted model did moves into its bias, layer by layer: nothing is trained end to end.
+What the rotation of a converted model did moves into its bias, all or the slow part of it, layer by layer: nothing is
+trained end to end.
 
 `fit` finds the `f` whose attention is nearest to the original's; `align` then lets queries, keys and `f` imitate the
 layer's output. Both work on the hidden states of the original.
@@ -73,7 +74,7 @@ class Calibration:
         seed (`int`): see [`CalibrationOptions`].
         perplexity (`dict[str, float]`):
             Of the second half of held-out windows of that length, computed in float32: `"original"`, `"dropped"`
-            (neither rotation nor bias), `"fitted"`, and `"aligned"` if asked for.
+            (neither the rotation that goes nor a bias), `"fitted"`, and `"aligned"` if asked for.
     """
 
     text: str
@@ -122,6 +123,7 @@ def calibrate_folder(
     config: FireConfig,
     options: CalibrationOptions,
     windows: torch.Tensor | None,
+    max_period: float | None = None,
 ) -> Calibration:
     """
     Calibrates a converted model where it lies, on a GPU if there is one, in float32: memory holds the whole model, its
@@ -132,6 +134,7 @@ def calibrate_folder(
         config ([`FireConfig`]): with the rotation.
         options ([`CalibrationOptions`]): how.
         windows (`torch.LongTensor` of shape `(windows, length + 1)`, *optional*): of [`calibration_windows`].
+        max_period (`float`, *optional*): `rope_max_period` of what is kept of the rotation; by default nothing.
 
     Raises:
         [`ConversionError`]: if it went wrong.
@@ -148,7 +151,7 @@ def calibrate_folder(
     # Of a text that is too short half is held out.
     count = min(options.tokens // window_length(config), max(len(windows) - HELD_OUT_WINDOWS, len(windows) // 2))
     text = windows[:count, :-1]
-    perplexity = calibrate(model, text, windows[count:], do_align=options.align, seed=options.seed)
+    perplexity = calibrate(model, text, windows[count:], options.align, options.seed, max_period)
     if not all(math.isfinite(value) for value in perplexity.values()):
         raise ConversionError(f"The calibration failed: perplexities {perplexity}. Nothing was written.")
     replace_weights(folder, model.state_dict())
@@ -164,10 +167,15 @@ def public_name(text: str | Sequence[str]) -> str:
 
 
 def calibrate(
-    model: FireForCausalLM, windows: torch.Tensor, held_out: torch.Tensor, do_align: bool = True, seed: int = 0
+    model: FireForCausalLM,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    do_align: bool = True,
+    seed: int = 0,
+    max_period: float | None = None,
 ) -> dict[str, float]:
     """
-    Removes the rotation of a model, in place.
+    Removes the rotation of a model, or the slow part of it, in place.
 
     Args:
         model ([`FireForCausalLM`]): with a rotation and a bias of 0, in float32.
@@ -175,6 +183,7 @@ def calibrate(
         held_out (`torch.LongTensor` of shape `(held-out windows, length + 1)`): tokens to measure on.
         do_align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
         seed (`int`, *optional*, defaults to 0): of the order of the windows.
+        max_period (`float`, *optional*): see [`calibrate_folder`].
 
     Returns:
         `dict[str, float]`: see [`Calibration`].
@@ -192,19 +201,24 @@ def calibrate(
         return math.exp(sum(losses[length]) / len(losses[length]))
 
     measured = {"original": perplexity()}
-    model.model.rotary_emb = model.config.rope_parameters = None
+    kept = None
+    if max_period is None:
+        model.model.rotary_emb = model.config.rope_parameters = None
+    else:
+        model.config.rope_max_period = max_period
+        kept = rotary(next(model.parameters()), position_ids=positions.absolute)
     measured["dropped"] = perplexity()
 
     def walk(some: torch.Tensor, description: str) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
         return original_states(model, originals, some, rotation, positions, batch_size, description)
 
     for layer, _, hidden_states in walk(windows[:FIT_WINDOWS], "Fitting"):
-        fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, positions)
+        fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, kept, positions)
     measured["fitted"] = perplexity()
     if do_align:
         generator = torch.Generator().manual_seed(seed)
         for layer, original, hidden_states in walk(windows, "Aligning"):
-            align(layer, original, hidden_states, rotation, positions, batch_size, generator)
+            align(layer, original, hidden_states, rotation, kept, positions, batch_size, generator)
         measured["aligned"] = perplexity()
     return measured
 

@@ -2,12 +2,14 @@
 A layer's `f`, fitted to the attention that the layer had with its rotation: a convex problem, by Newton's method.
 
 Write each pair of dimensions that the rotation turns as a complex number. With the rotation the score of query `i` and
-key `j` is `sum_m Re(exp(i theta_m (i - j)) q_m conj(k_m))`. Without it, let it be
+key `j` is `sum_m Re(exp(i theta_m (i - j)) q_m conj(k_m))`. With what is kept of it, where `t_m` is `theta_m` or 0,
+let it be
 
-    s(i, j) = sum_m Re(z_m q_m conj(k_m)) + w . h(i, j)
+    s(i, j) = sum_m Re(z_m exp(i t_m (i - j)) q_m conj(k_m)) + w . h(i, j)
 
 where `h` is the hidden layer of `f`, `w` a head's row of its output layer, and `z_m` turns and scales what the head's
-query has in pair `m`: what is left, on the average, of the rotation. For each head the fit minimises the mean of
+query has in pair `m`: what is left, on the average, of the rotation that goes. For each head the fit minimises the
+mean of
 
     KL(softmax of the rotated scores || softmax of s)
 
@@ -35,6 +37,7 @@ def fit(
     attention: FireAttention,
     inputs: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
     positions: FirePositions,
 ) -> torch.Tensor:
     """
@@ -44,13 +47,14 @@ def fit(
         attention ([`FireAttention`]): as the original has it, with an `f` of 0. Changed in place.
         inputs (`torch.Tensor` of shape `(windows, length, hidden_size)`): what the attention of the original is given.
         rotation (`tuple[torch.Tensor, torch.Tensor]`): cosine and sine, each of shape `(1, length, rotated dims)`.
+        kept (`tuple[torch.Tensor, torch.Tensor]`, *optional*): the same of what is kept of it.
         positions ([`FirePositions`]): of one window.
 
     Returns:
         `torch.Tensor` of shape `(num_heads,)`: the mean divergence of each head, in nats.
     """
     bias: Any = attention.position_bias
-    query, key = attention.project(inputs)[:2]
+    query, key = attention.project(inputs, kept)[:2]
     rotated_query, rotated_key = attention.project(inputs, rotation)[:2]
     length = inputs.shape[1]
     rows = torch.linspace(0, length - 1, min(QUERIES, length), device=inputs.device).round().long()

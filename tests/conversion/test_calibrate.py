@@ -50,6 +50,14 @@ def layer_problem(model, windows=6):
     return layer.self_attn, original_attention(layer), inputs, rotation, positions
 
 
+def fast_part(model, positions):
+    """Of the rotation: what turns four times and more in a window."""
+    model.config.rope_max_period = LENGTH / 4
+    cos, sin = model.model.rotary_emb(next(model.parameters()), position_ids=positions.absolute)
+    assert sin.any() and not sin.any(dim=1).all(), "some pairs turn and some do not"
+    return cos, sin
+
+
 def attention_probabilities(attention, inputs, positions, rotation=None):
     """By the plain formula, of shape `(windows, heads, length, length)`."""
     query, key, _ = attention.project(inputs, rotation)
@@ -60,10 +68,10 @@ def attention_probabilities(attention, inputs, positions, rotation=None):
     return scores.masked_fill(~positions.mask(), -torch.inf).softmax(-1)
 
 
-def divergence(attention, original, inputs, rotation, positions):
-    """Of each head: the mean KL from the original's attention."""
+def divergence(attention, original, inputs, rotation, fast, positions):
+    """Of each head: the mean KL from the original's attention, with what is kept of the rotation."""
     wanted = attention_probabilities(original, inputs, positions, rotation)
-    found = attention_probabilities(attention, inputs, positions)
+    found = attention_probabilities(attention, inputs, positions, fast)
     return torch.where(wanted > 0, wanted * (wanted.log() - found.log()), 0).sum(-1).mean((0, 2))
 
 
@@ -76,13 +84,16 @@ ORIGINALS = {
 }
 
 
+@pytest.mark.parametrize("keep_fast", [False, True])
 @pytest.mark.parametrize("name", ORIGINALS)
 @torch.no_grad()
-def test_fit_brings_the_attention_nearer(kept, name):
-    attention, original, inputs, rotation, positions = layer_problem(kept(ORIGINALS[name]()))
-    before = divergence(attention, original, inputs, rotation, positions)
-    reported = fit(attention, inputs, rotation, positions)
-    after = divergence(attention, original, inputs, rotation, positions)
+def test_fit_brings_the_attention_nearer(kept, name, keep_fast):
+    model = kept(ORIGINALS[name]())
+    attention, original, inputs, rotation, positions = layer_problem(model)
+    fast = fast_part(model, positions) if keep_fast else None
+    before = divergence(attention, original, inputs, rotation, fast, positions)
+    reported = fit(attention, inputs, rotation, fast, positions)
+    after = divergence(attention, original, inputs, rotation, fast, positions)
     # What the fit reports, from its own arithmetic, is what the changed layer does. (Every row takes part here.)
     torch.testing.assert_close(reported.float(), after, atol=1e-4, rtol=1e-3)
     # Random weights look nowhere in particular: without factors of its queries a head has little to gain.
@@ -93,7 +104,8 @@ def test_fit_brings_the_attention_nearer(kept, name):
 def test_fit_leaves_alone_what_no_rotation_turned(kept):
     attention, original, inputs, (cos, sin), positions = layer_problem(kept(checkpoints.llama()))
     still = torch.ones_like(cos), torch.zeros_like(sin)
-    assert fit(attention, inputs, still, positions).max() < 1e-6
+    assert fit(attention, inputs, still, None, positions).max() < 1e-6
+    assert fit(attention, inputs, (cos, sin), (cos, sin), positions).max() < 1e-6
     torch.testing.assert_close(attention.q_proj.weight, original.q_proj.weight, atol=1e-6, rtol=1e-5)
     assert attention.position_bias.mlp[2].weight.abs().max() < 1e-6
 
@@ -121,15 +133,16 @@ def test_newton_finds_the_minimum():
     )
 
 
-def alignment(model, copies=1, windows=64):
+def alignment(model, copies=1, windows=64, keep_fast=False):
     """Aligns a copy of the first layer; returns it, its original, and the error."""
     ids = torch.randint(3, 99, (windows, LENGTH), generator=torch.Generator().manual_seed(1)).repeat(copies, 1)
     positions = FirePositions.arange(LENGTH)
     rotation = model.model.rotary_emb(next(model.parameters()), position_ids=positions.absolute)
+    fast = fast_part(model, positions) if keep_fast else None
     layer = deepcopy(model.model.layers[0])
     original = original_attention(layer)
     hidden_states = model.model.embed_tokens(ids).detach()
-    error = align(layer, original, hidden_states, rotation, positions, 4, torch.Generator().manual_seed(0))
+    error = align(layer, original, hidden_states, rotation, fast, positions, 4, torch.Generator().manual_seed(0))
     return layer, original, error
 
 
@@ -137,6 +150,8 @@ def test_alignment_learns_in_place_and_leaves_the_original(kept):
     model = kept(checkpoints.llama())
     layer, original, error = alignment(model)
     assert alignment(model, copies=8)[2] < 0.7 * error, "more text, less error"
+    assert alignment(model, keep_fast=True)[2] < 0.7 * error, "more of the rotation, less error"
+    model.config.rope_max_period = None
     before = model.model.layers[0].state_dict()
     changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[1] for name in changed} == {"q_proj", "k_proj", "position_bias"}
@@ -190,6 +205,9 @@ def test_calibration_removes_the_rotation_and_nears_the_original(kept):
     weights = (m.model.layers[0].self_attn.q_proj.weight for m in (model, other))
     assert not torch.equal(*weights), "the seed is that of the order"
     assert model.config.rope_parameters is None and model.model.rotary_emb is None
+    fast = deepcopy(teacher)
+    assert calibrate(fast, ids[20:, :-1], ids[:20], max_period=LENGTH / 4)["original"] == measured["original"]
+    assert fast.config.rope_max_period == LENGTH / 4 and distance(fast) < 0.9 * distance(model)
     # What alignment adds shows with weights that are not random: in the last test of this file.
     assert distance(fitted) < 0.9 * distance(dropped) and distance(model) < 0.9 * distance(dropped)
 
@@ -228,6 +246,18 @@ def test_convert_calibrates_and_says_so(source, tmp_path):
     convert(source, tmp_path / "again", calibrate=options)
     for name, value in load_file(tmp_path / "again" / "model.safetensors").items():
         assert torch.equal(value, calibrated[name]), "the same for the same seed"
+
+
+def test_what_was_measured_of_a_fast_rotation_is_what_was_written(tmp_path):
+    checkpoints.llama(max_position_embeddings=128).save_pretrained(tmp_path / "source")
+    tokenizer = checkpoints.save_tokenizer(tmp_path / "source")
+    options = CalibrationOptions([TEXT], tokens=1280)
+    measured = convert(tmp_path / "source", tmp_path / "out", rotation="fast", calibrate=options).calibration
+    model = FireForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.rope_max_period == 16 and model.model.rotary_emb is not None
+    held_out = token_windows([TEXT], tokenizer, 129, 26)[10:]
+    losses = loss_by_context(model, held_out, [128], num_targets=64)[128]
+    assert measured.perplexity["aligned"] == pytest.approx(math.exp(sum(losses) / len(losses)))
 
 
 @pytest.mark.parametrize("said", ["bfloat16", "float32", None])

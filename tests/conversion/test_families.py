@@ -1,6 +1,7 @@
 """Every family and option: the converted model computes what the original does. Everything else is refused by name."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -97,6 +98,22 @@ def test_families_that_rotate(tmp_path, build):
         mlp = layer.self_attn.position_bias.mlp
         assert mlp[0].weight.count_nonzero() == 32
         assert not mlp[2].weight.any() and not mlp[2].bias.any()
+
+
+@torch.no_grad()
+def test_of_the_rotation_stays_what_is_fast(tmp_path):
+    """All but the fast frequencies at nought is what the converted model computes."""
+    reference = llama(max_position_embeddings=512, head_dim=16)
+    reference.save_pretrained(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", rotation="fast").proof.holds
+    model = FireForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.rope_parameters == reference.config.rope_parameters
+    assert model.config.rope_max_period == 64
+    frequencies = reference.model.rotary_emb.inv_freq
+    slow = 2 * math.pi / frequencies > 64
+    assert 0 < slow.sum() < 8
+    frequencies[slow] = 0
+    assert_same_logits(model, reference, 100)
 
 
 def test_a_bias_of_0_learns(tmp_path):
@@ -217,13 +234,16 @@ def test_quantised_weights_are_refused(tmp_path):
 
 def test_a_rotation_is_not_kept_where_there_is_none(tmp_path):
     bloom().save_pretrained(tmp_path / "source")
-    with pytest.raises(ConversionError, match="bloom has ALiBi, and no rotation"):
+    with pytest.raises(ConversionError, match="bloom has ALiBi, not RoPE"):
         convert(tmp_path / "source", tmp_path / "out", rotation="keep")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"rotation": "half"}, "'drop' or 'keep', got 'half'"), ({"max_length": 0}, "`fire_init_L` must be positive")],
+    [
+        ({"rotation": "half"}, "'drop', 'fast' or 'keep', got 'half'"),
+        ({"max_length": 0}, "`fire_init_L` must be positive"),
+    ],
 )
 def test_options_of_the_conversion_are_checked(tmp_path, options, message):
     llama().save_pretrained(tmp_path / "source")

@@ -34,6 +34,7 @@ VARIANTS = {
     "kerple": {"position_bias": "kerple_log"},
     "rope": {"position_bias": "none", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "rope_beside_fire": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_angle_scale": 0.5},
+    "fast_rope_beside_fire": {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}, "rope_max_period": 9.0},
     "gpt_neox": {"norm_type": "layer_norm", "mlp_gated": False, "parallel_residual": True, "embedding_norm": True},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -92,7 +92,7 @@ def test_wrong_settings_are_refused(settings):
         "FireConfig has no field `position_bais` .* Did you mean `position_bias`",
         model__config={"position_bais": "none"},
     )
-    refused("must be 'drop' or 'keep', got 'kept'", model__rotation="kept")
+    refused("must be 'drop', 'fast' or 'keep', got 'kept'", model__rotation="kept")
     refused(r"`data.length` \(16\) is not among", data__length=16)
     refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
     refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
@@ -107,6 +107,7 @@ def test_wrong_settings_are_refused(settings):
     refused("`heal` has fields of its own, got None", heal=None)
     refused("`model.calibrate` is for a rotation that is dropped at once", model__calibrate={}, heal__anneal=0.5)
     refused("`model.calibrate` is for a rotation that is dropped", model__calibrate={}, model__rotation="keep")
+    refused("`heal.anneal` takes the whole rotation", model__rotation="fast", heal__anneal=0.5)
 
 
 def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
@@ -127,8 +128,9 @@ def test_what_trainer_or_peft_refuse_is_one_error(settings, tmp_path):
 def test_alibi_has_no_rotation_to_anneal(settings, source, tmp_path):
     bloom().save_pretrained(tmp_path / "bloom")
     save_tokenizer(tmp_path / "bloom")
-    with pytest.raises(ValueError, match="bloom has no rotation to keep or to anneal"):
-        run(settings, model__source=str(tmp_path / "bloom"), heal__anneal=0.5)
+    for changes in ({"heal__anneal": 0.5}, {"model__rotation": "fast"}):
+        with pytest.raises(ValueError, match="bloom has no rotation to keep or to anneal"):
+            run(settings, model__source=str(tmp_path / "bloom"), **changes)
 
 
 def test_what_is_held_out_is_calibrated_on_by_nobody(settings, source, monkeypatch):
@@ -290,7 +292,7 @@ def test_what_is_converted_is_healed_as_its_source_is(settings, source, tmp_path
 def test_of_what_is_converted_is_refused_what_is_too_late(settings, source, tmp_path):
     convert(source, tmp_path / "fire")
     for message, changes in {
-        "`model.calibrate`: the source is converted already": {"model__calibrate": {}},
+        ".*/fire is converted already: `model.calibrate` and": {"model__calibrate": {}},
         "`heal.distill`: the teacher is `model.source`": {"heal__distill": 0.5},
         ".*/fire has no rotation to keep or to anneal": {"heal__anneal": 0.5},
     }.items():
