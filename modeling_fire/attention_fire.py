@@ -26,7 +26,7 @@ from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.fire")  # see `operator_fire`
 
 # Largest number of scalars that one block of queries may hold in the computation of its bias (256 MiB in float32).
 MAX_BLOCK_ELEMENTS = 2**26
@@ -34,6 +34,8 @@ MAX_BLOCK_ELEMENTS = 2**26
 
 def first_head(module: Any, num_heads: int) -> int:
     """The first head of this rank under tensor parallelism: it holds a slice of the heads, and the whole bias."""
+    if isinstance(module, AttentionLayer):
+        raise ValueError(f"`position_bias` is for another number of heads than the {num_heads} of `query`.")
     if module.training:
         require_version("transformers>=5.22", "Before, tensor parallelism left the gradients of the bias unsummed.")
     weight = module.q_proj.weight
@@ -228,6 +230,11 @@ def fire_attention_forward(
     form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks.
     """
     if not can_fuse(module, query, attention_mask, positions, position_bias, dropout):
+        if not torch.compiler.is_compiling():
+            logger.info_once(
+                "FIRE: some attention takes the general path, blocks of queries through PyTorch's: it has dropout, a "
+                "mask of 4 dimensions, a bias that is not piecewise linear (GELU, two hidden layers), or no backend."
+            )
         return sdpa_attention(
             module, query, key, value, attention_mask, positions, position_bias,
             scaling=scaling, dropout=dropout, **kwargs,
@@ -282,7 +289,8 @@ def fire_attention(
 
     Where the bias is piecewise linear (FIRE with one hidden layer of ReLU units, KERPLE, ALiBi) it runs fused, on CPU
     and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, and the
-    gradients of `query`, `key`, `value` and of every parameter of the bias are exact.
+    gradients of `query`, `key`, `value` and of every parameter of the bias are exact, up to the rounding of the output
+    in 16 bits on a GPU.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): float32, bfloat16 or float16.
@@ -292,7 +300,8 @@ def fire_attention(
         value (`torch.Tensor` of the shape of `key`): Values.
         position_bias ([`PositionBias`]): e.g. `FirePositionBias(heads)`.
         positions ([`FirePositions`], *optional*):
-            Who stands where and sees whom, for padding and anything unusual. Excludes the next three.
+            Who stands where and sees whom, for padding and anything unusual: with `first` and `last`, of the lengths
+            of `query` and `key`. Excludes the next three.
         causal (`bool`, *optional*, defaults to `True`): Whether keys ahead are hidden. Distances are `|i - j|`.
         window (`int`, *optional*): A query sees only so many keys back (and ahead), itself counted.
         cu_seqlens (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
@@ -301,6 +310,9 @@ def fire_attention(
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, queries, head_dim)`, of the dtype of `query`.
+
+    Raises:
+        ValueError: if the arguments do not fit one another.
     """
     queries, keys = query.shape[2], key.shape[2]
     if key.shape != value.shape or key.shape[::3] != query.shape[::3]:
@@ -309,17 +321,25 @@ def fire_attention(
         raise ValueError(f"Types differ: query {query.dtype}, key {key.dtype}, value {value.dtype}.")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads.")
-    if positions is None and cu_seqlens is not None:
+    if window is not None and window < 1:
+        raise ValueError(f"`window` counts the query itself, so it is at least 1, got {window}.")
+    if positions is not None:
+        if not causal or window is not None or cu_seqlens is not None:
+            raise ValueError("`positions` say who sees whom: leave out `causal`, `window` and `cu_seqlens`.")
+        positions.check(query.shape[0], queries, keys)
+    elif cu_seqlens is not None:
         if not causal or window is not None or queries != keys:
             raise ValueError("`cu_seqlens` is for causal self-attention without a window: use `positions`.")
         positions = FirePositions.packed(cu_seqlens, keys)
-    elif positions is None:
+    else:
         if queries > keys:
             raise ValueError(
                 f"{queries} queries cannot be the last of {keys} keys: say where they are in `positions`."
             )
         positions = FirePositions.arange(queries, query.device, past=keys - queries, window=window, causal=causal)
-    layer = AttentionLayer(causal, query.shape[1] // key.shape[1])
+    if not queries:
+        return query.clone()
+    layer = AttentionLayer(positions.causal, query.shape[1] // key.shape[1])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output, _ = fire_attention_forward(layer, query, key, value, None, positions, position_bias, scaling)
     return output.transpose(1, 2)

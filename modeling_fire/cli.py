@@ -90,10 +90,10 @@ def convert(
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained("smollm2-fire", trust_remote_code=True)
     """
-    options = None
-    if calibrate is not None:
-        options = conversion.CalibrationOptions(calibrate, calibration_tokens, align, seed)
     with one_line_errors():
+        options = None
+        if calibrate is not None:
+            options = conversion.CalibrationOptions(calibrate, calibration_tokens, align, seed)
         result = conversion.convert(
             source,
             out,

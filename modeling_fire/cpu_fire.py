@@ -47,6 +47,8 @@ def forward(
     """
     batch, num_heads, num_queries, head_dim = query.shape
     groups = num_heads // key.shape[1]
+    # PyTorch's kernel takes the entries of a vector for neighbours in memory, without looking at their stride.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     bias = working_bias(bias, query)
     output = query.new_zeros(batch, num_queries, num_heads, head_dim).transpose(1, 2)
     lse = bias.slope.new_full((batch, num_heads, num_queries), -torch.inf)
@@ -97,7 +99,7 @@ def backward(
 
     Args:
         grad_output (`torch.Tensor`): gradient of `output`.
-        output, lse (`torch.Tensor`): what `forward` returned.
+        output, lse (`torch.Tensor`): what `forward` returned; only the second is needed here.
         bias_grad (`bool`): whether to compute the last four, which are zeros otherwise.
         The others as in `forward`.
     """
@@ -110,7 +112,6 @@ def backward(
 
     dtype = bias.slope.dtype
     query, key, value, grad_output = (x.to(dtype) for x in (query, key, value, grad_output))
-    delta = torch.linalg.vecdot(grad_output, output.to(dtype))[..., None]
     # For a row that saw nothing, so that its probabilities come out as zeros.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).mul_(LOG2_E)[..., None]
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
@@ -122,8 +123,8 @@ def backward(
             # The rows of all query heads that share a kv head are rows of one product.
             kv = kv_heads(heads, groups)
             num_kv, shape = kv.stop - kv.start, (heads.stop - heads.start, chunk.num_rows, chunk.pitch)
-            q, g, row_lse, row_delta = (x[item, heads, rows].flip(1) for x in (query, grad_output, lse, delta))
-            q, g, row_delta = (x.reshape(num_kv, -1, x.shape[-1]) for x in (q * (scaling * LOG2_E), g, row_delta))
+            q, g, row_lse = (x[item, heads, rows].flip(1) for x in (query, grad_output, lse))
+            q, g = (x.reshape(num_kv, -1, x.shape[-1]) for x in (q * (scaling * LOG2_E), g))
             k, v = key[item, kv, keys], value[item, kv, keys]
 
             block = probabilities.block(shape)
@@ -136,7 +137,10 @@ def backward(
             block[..., width:] = 0
             ds = block.view(num_kv, -1, chunk.pitch)[..., :width]
             torch.bmm(g, v.mT, out=ds)
-            ds.sub_(row_delta).mul_(p)
+            # Each row less its share of the sum. That is the product of output and gradient too, but of an output
+            # rounded to 16 bits, whose error would not cancel in the gradients of the bias.
+            ds.mul_(p)
+            ds.addcmul_(p, ds.sum(-1, keepdim=True), value=-1)
             grad_query[item, heads, rows] = torch.bmm(ds, k).view(*shape[:2], -1).flip(1)
             grad_key[item, kv, keys].baddbmm_(ds.mT, q)
             if bias_grad:
@@ -152,7 +156,8 @@ def working_bias(bias: PiecewiseBias, query: torch.Tensor) -> PiecewiseBias:
     """The bias in float32, or in float64 beside a `query` in float64."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     knots, slope, offset, c, row_scale = (field.detach().to(dtype) for field in bias[:5])
-    return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform, bias.table)
+    table = bias.table if bias.table is not None and bias.table.dtype == dtype else None
+    return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform, table)
 
 
 def head_slices(num_heads: int, groups: int, scores: int) -> list[slice]:

@@ -261,7 +261,8 @@ class FireModel(FirePreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
                 Position of each token in its document. By default counted from `attention_mask` and the cache.
                 Positions that do not go on by 1, as where they start again at 0, mark packed documents, which do not
-                see each other; that needs `attention_mask=None` and no `past_key_values`.
+                see each other; that needs `attention_mask=None` and no `past_key_values`. Without `position_ids`,
+                `cu_seq_lens_q`, of shape `(documents + 1,)`, tells where documents begin.
             past_key_values (`Cache`, *optional*): KV cache; any of transformers' classes.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
@@ -277,8 +278,13 @@ class FireModel(FirePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        # Once for all layers, and before a new cache is made: packed documents are recognised only without one.
         starts: Any = kwargs.get("cu_seq_lens_k")
+        packed = None if isinstance(starts, dict) else kwargs.get("cu_seq_lens_q")
+        if packed is not None and position_ids is None:
+            packed = packed.to(inputs_embeds.device)
+            position_ids = FirePositions.packed(packed, inputs_embeds.shape[1]).absolute  # type: ignore[assignment]
+
+        # Once for all layers, and before a new cache is made: packed documents are recognised only without one.
         if isinstance(starts, dict):  # continuous batching
             positions = paged_positions(
                 position_ids, kwargs["cu_seq_lens_q"], starts["full_attention"], attention_mask

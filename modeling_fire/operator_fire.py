@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
@@ -22,7 +23,8 @@ from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
 
 
-logger = logging.get_logger(__name__)
+# Below the logger of transformers, whose verbosity users set, also where this file is a model's remote code.
+logger = logging.get_logger("transformers.fire")
 
 # The largest head that the GPU kernels take.
 MAX_HEAD_DIM = 256
@@ -39,29 +41,36 @@ class Backend(NamedTuple):
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device_type: str, forced: str) -> str:
+def choose_backend(device: torch.device, forced: str) -> str:
     """
     What attention with a piecewise-linear bias runs on: `"triton"`, `"cpu"`, or `"none"` where nothing is fused.
 
     Args:
-        device_type (`str`): where the tensors are.
+        device (`torch.device`): where the tensors are.
         forced (`str`): one of the three, from the environment variable `FIRE_BACKEND`, or `""` to go by the device.
     """
     if forced not in ("", "triton", "cpu", "none"):
         raise ValueError(f"FIRE_BACKEND must be 'triton', 'cpu' or 'none' (blocks of a dense bias), got {forced!r}.")
-    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device_type, "none")
-    if name == "triton" and not is_triton_available():
-        logger.warning_once(
-            f"FIRE: attention on {device_type} is not fused and slow, because Triton is not installed."
+    name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "none")
+    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+        raise ValueError(
+            f"FIRE_BACKEND=triton, but the tensors are on {device.type}: unset it, or set TRITON_INTERPRET=1 to test."
         )
+    lack = ""
+    if name == "triton" and not is_triton_available():
+        lack = "Triton is not installed"
+    elif name == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        lack = "the kernels need a GPU of compute capability 8.0, whose shared memory they fill"
+    if lack:
+        logger.warning_once(f"FIRE: attention on {device.type} is not fused and slow, because {lack}.")
         name = "none"
-    logger.info_once(f"FIRE: attention on {device_type} runs on the backend {name!r}.")
+    logger.info_once(f"FIRE: attention on {device.type} runs on the backend {name!r}.")
     return name
 
 
 def backend_name(query: torch.Tensor) -> str:
     """The backend for tensors like `query`; see [`choose_backend`]."""
-    name = choose_backend(query.device.type, os.environ.get("FIRE_BACKEND", ""))
+    name = choose_backend(query.device, os.environ.get("FIRE_BACKEND", ""))
     if name == "triton" and (query.shape[-1] > MAX_HEAD_DIM or query.dtype == torch.float64):
         return "none"
     return name
@@ -201,6 +210,12 @@ def fused_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention of shape `(batch, heads, queries, head_dim)`, where [`backend_name`] names one."""
+    # `torch.func.jvp` would take the operator for a constant.
+    tensors = query, key, value, *bias.tensors
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "Fused attention has no forward-mode derivative; that of `attn_implementation='eager'` has."
+        )
     return attention(
         query,
         key,

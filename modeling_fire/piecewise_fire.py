@@ -30,7 +30,7 @@ class PiecewiseBias(NamedTuple):
         transform (`str`): `psi(d)`: `"log"` is `log(1 + c d)`, `"power"` is `d ** c`, `"identity"` is `d`.
         table (`torch.Tensor` of shape `(heads, distances)`, *optional*):
             The bias of the `shared` queries by distance, the largest first and 0 last. A shortcut for inference on
-            CPU, where it serves one token after the other; nothing else changes with it.
+            CPU, where it serves one token after the other; nothing else changes with it. Used in its own type alone.
     """
 
     knots: torch.Tensor

@@ -33,6 +33,10 @@ class FirePositionBias(PositionBias):
     The names `mlp.0`, `mlp.2`, `c`, `L_multiplier` and `init_L` are those of the widely copied public listing, whose
     state dict loads here, 0-dim scalars included.
 
+    In `eval()` without gradients, what the parameters alone decide is remembered from one generated token to the next
+    until they change. On a GPU a change made through `.data`, as where averaged weights are swapped in, does not show:
+    call `eval()` after it, which forgets, as any call with several tokens does.
+
     Args:
         num_heads (`int`): number of attention heads; they share the hidden layers of `f`.
         mlp_width (`int`, *optional*, defaults to 32): width of each hidden layer of `f`.
@@ -228,15 +232,18 @@ class FirePositionBias(PositionBias):
         watched = [*self.parameters(), self.init_L]
         if any(isinstance(tensor, DTensor) or tensor.is_inference() for tensor in watched):
             return False
-        if watched[0].device.type == "cpu":
-            state = self.memory.get("state")
-            current = state is not None and all(torch.equal(x, y) for x, y in zip(watched, state, strict=True))
-        else:  # a comparison of values would wait for the device
-            state = [(tensor.data_ptr(), tensor._version) for tensor in watched]
-            current = self.memory.get("state") == state
+        on_cpu = watched[0].device.type == "cpu"
+        state = [self.eps, self.transform, self.progressive, self.threshold, watched[0].device]
+        state += [tensor.dtype for tensor in watched]
+        if not on_cpu:  # a comparison of values would wait for the device
+            state += [(tensor.data_ptr(), tensor._version) for tensor in watched]
+        current = self.memory.get("state") == state
+        if current and on_cpu:
+            current = all(torch.equal(x, y) for x, y in zip(watched, self.memory["values"], strict=True))
         if not current:
             self.memory.clear()
-            self.memory["state"] = [x.clone() for x in watched] if watched[0].device.type == "cpu" else state
+            self.memory["state"] = state
+            self.memory["values"] = [x.clone() for x in watched] if on_cpu else []
         return True
 
     def train(self, mode: bool = True) -> "FirePositionBias":

@@ -94,6 +94,21 @@ class FirePositions(NamedTuple):
             self.causal,
         )
 
+    def check(self, batch: int, queries: int, keys: int) -> None:
+        """
+        Raises:
+            ValueError: unless these tell who sees whom among so many sequences, queries and keys.
+        """
+        if self.first is None or self.last is None:
+            raise ValueError("`positions` need `first` and `last`: which keys each query sees.")
+        for name in ("absolute", "query", "first", "last", "key", "visible"):
+            field, length = getattr(self, name), keys if name in ("key", "visible") else queries
+            if field is not None and field.shape not in ((1, length), (batch, length)):
+                raise ValueError(
+                    f"`positions.{name}` has shape {tuple(field.shape)} beside {queries} queries and {keys} keys: "
+                    f"it must be ({batch} or 1, {length})."
+                )
+
     def mask(self) -> torch.Tensor:
         """Who sees whom, densely: `torch.BoolTensor` of shape `(batch or 1, 1, queries, keys)`."""
         index = torch.arange(self.key.shape[1], device=self.key.device)
@@ -138,11 +153,11 @@ def token_positions(
     query = torch.arange(length, device=device)[None] + offset
     absolute = query if position_ids is None else position_ids
     positions = FirePositions(absolute, query, key, torch.zeros_like(query), query + 1, consecutive=True)
+    least = offset + length if isinstance(offset, int) else length
     mask = None
     if attention_mask is not None and attention_mask.ndim != 2:
         positions = positions._replace(first=None, last=None)
     elif attention_mask is not None:
-        least = offset + length if isinstance(offset, int) else length
         if attention_mask.shape[0] != inputs_embeds.shape[0] or not least <= attention_mask.shape[1] <= num_keys:
             raise ValueError(
                 f"`attention_mask` has shape {tuple(attention_mask.shape)}; a mask of 2 dimensions is for all "
@@ -153,7 +168,14 @@ def token_positions(
             positions = padded_positions(positions, mask, position_ids)
 
     if key_position_ids is not None:
-        return positions._replace(query=position_ids, key=key_position_ids, visible=mask, consecutive=False)
+        given = key_position_ids.shape[1]
+        if not least <= given <= num_keys:
+            raise ValueError(
+                f"`key_position_ids` are of {given} keys: give those of all {least}, cached ones included."
+            )
+        # A static cache has room for more keys, which nobody sees.
+        key = nn.functional.pad(key_position_ids, (0, num_keys - given))
+        return positions._replace(query=position_ids, key=key, visible=mask, consecutive=False)
     if past_key_values is not None or position_ids is None:
         return positions
     if attention_mask is None:

@@ -128,10 +128,16 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, bias: PiecewiseBias, positions: FirePositions) -> "Rows":
+        """Of positions by [`kernel_positions`]."""
         fields = [positions.query, positions.first, positions.last, bias.row_scale.float()]
         fields += [None, None] if positions.consecutive else [positions.key, positions.visible]
         fields += [bias.knots.float(), bias.slope.float(), bias.offset.float(), bias.c.float()]
         return cls(*[None if field is None else field.detach().contiguous() for field in fields])
+
+
+def kernel_positions(positions: FirePositions) -> FirePositions:
+    """The same positions as the kernels know them: they look at `visible` only beside coordinates of the keys."""
+    return positions if positions.visible is None else positions._replace(consecutive=False)
 
 
 def constants(query: torch.Tensor, bias: PiecewiseBias, positions: FirePositions, blocks: Blocks) -> dict[str, Any]:
@@ -208,6 +214,7 @@ def forward(
         log-sum-exp of the scores, float32 `(batch, heads, queries)`: minus infinity for a query that sees nothing.
     """
     batch, heads, num_queries, head_dim = query.shape
+    positions = kernel_positions(positions)
     output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
@@ -291,6 +298,7 @@ def backward(
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
+    positions = kernel_positions(positions)
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     dq, dk, dv = dense_rows(dq), dense_rows(dk), dense_rows(dv)
     query, key, value, grad_output = dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(grad_output)

@@ -1,5 +1,7 @@
 """The CPU path against the plain formula: values and every gradient."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from reference import dense_attention, dense_bias, double, random_bias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_fire import cpu_fire
+from modeling_fire.attention_fire import fire_attention
 from modeling_fire.other_biases_fire import KerplePositionBias
 from modeling_fire.piecewise_fire import PiecewiseBias
 from modeling_fire.position_bias_fire import FirePositionBias
@@ -235,26 +238,54 @@ def test_coordinates_of_a_million():
 @pytest.mark.parametrize("layout", ["causal", "padded", "decoding", "scattered"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(layout, dtype):
-    """Errors are at most twice those of PyTorch's dense attention in the same type."""
+    """Errors, those of all gradients too, are at most twice those of PyTorch's dense attention in the same type."""
     positions = LAYOUTS[layout]
     bias = cast(random_bias(4, positions, slope=2.0), torch.float32)
     tensors = [tensor.to(dtype) for tensor in inputs(positions)]
     expected = plain([tensor.double() for tensor in tensors], bias, positions)
 
     *qkv, grad_output = (tensor.clone().requires_grad_() for tensor in tensors)
-    scores = qkv[0] @ qkv[1].mT * SCALING + dense_bias(bias, positions)
+    fields = [field.clone().requires_grad_() for field in (bias.slope, bias.offset, bias.c, bias.row_scale)]
+    differentiable = bias._replace(**dict(zip(NAMES[5:], fields, strict=True)))
+    scores = qkv[0] @ qkv[1].mT * SCALING + dense_bias(differentiable, positions)
     seen = positions.mask()
     probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0.0)
     output = probabilities.to(dtype) @ qkv[2]
-    dense = [output, None, *torch.autograd.grad(output, qkv, grad_output)]
+    dense = [output, None, *torch.autograd.grad(output, [*qkv, *fields], grad_output)]
 
     actual = fused(tensors, bias, positions)
-    for i in (0, 2, 3, 4):
-        assert actual[i].dtype == dtype
-        allowed = 2 * (dense[i].double() - expected[i]).abs().max() + torch.finfo(dtype).tiny
-        assert (actual[i].double() - expected[i]).abs().max() <= allowed, NAMES[i]
-    for i in (5, 6, 7):
-        assert (actual[i] - expected[i]).abs().max() <= 0.05 * expected[i].abs().max().clamp(min=1), NAMES[i]
+    for i in (0, 2, 3, 4, 5, 6, 7, 8):
+        assert actual[i].dtype == (dtype if i < 5 else torch.float32)
+        of_dense, of_actual, exact = dense[i].double(), actual[i].double(), expected[i]
+        if NAMES[i] == "row_scale":
+            of_dense, of_actual, exact = (merge_shared(x, bias.shared) for x in (of_dense, of_actual, exact))
+        allowed = 2 * (of_dense - exact).norm() + torch.finfo(dtype).tiny
+        assert (of_actual - exact).norm() <= allowed, NAMES[i]
+
+
+@pytest.mark.parametrize("length", [40.0, 4000.0])
+@pytest.mark.parametrize("init_f", ["decay", "uniform"])
+def test_low_precision_of_the_parameters(length, init_f):
+    """The same of what the parameters of FIRE get, as long as sequences of training are."""
+    torch.manual_seed(0)
+    layer, positions = FirePositionBias(4, init_L=length, init_f=init_f, train_length=256), FirePositions.arange(256)
+    parameters = {name: p for name, p in layer.named_parameters() if name != "mlp.2.bias"}
+    tensors = [tensor.bfloat16() for tensor in inputs(positions, batch=1, head_dim=64)]
+
+    def gradients(attend, module, dtype):
+        *qkv, grad_output = (tensor.to(dtype) for tensor in tensors)
+        wanted = [p for name, p in module.named_parameters() if name in parameters]
+        return torch.autograd.grad(attend(*qkv, module), wanted, grad_output)
+
+    def dense(query, key, value, module):
+        scores = (query @ key.mT * 64**-0.5 + module(positions)).masked_fill(~positions.mask(), -torch.inf)
+        return scores.softmax(-1).to(query.dtype) @ value
+
+    exact = gradients(dense, copy.deepcopy(layer).double(), torch.float64)
+    plain = gradients(dense, layer, torch.bfloat16)
+    actual = gradients(fire_attention, layer, torch.bfloat16)
+    for name, found, low, right in zip(parameters, actual, plain, exact, strict=True):
+        assert (found - right).norm() <= 2 * (low - right).norm(), name
 
 
 def test_what_no_query_sees_does_not_matter(sizes):
@@ -297,6 +328,7 @@ def test_memory_layouts(dtype):
     bias = random_bias(4, positions)
     transposed = [tensor.to(dtype) for tensor in inputs(positions)]
     sliced = [torch.cat([tensor, tensor], dim=2)[:, :, :83] for tensor in transposed]
+    apart = [tensor.mT.contiguous().mT for tensor in transposed]  # the entries of a vector
     expected = fused(transposed, bias, positions)
     # The gradient of a sum has one number for all its entries.
     ones = [*transposed[:3], torch.ones(1, 1, 1, 1, dtype=dtype).expand_as(transposed[3])]
@@ -304,7 +336,7 @@ def test_memory_layouts(dtype):
         fused(ones, bias, positions), fused([*ones[:3], ones[3].contiguous()], bias, positions), strict=True
     ):
         torch.testing.assert_close(left, right)
-    for tensors in (transposed, [tensor.contiguous() for tensor in transposed], sliced):
+    for tensors in (transposed, [tensor.contiguous() for tensor in transposed], sliced, apart):
         actual = fused(tensors, bias, positions)
         assert actual[0].transpose(1, 2).is_contiguous()
         assert actual[1].is_contiguous()
@@ -312,6 +344,25 @@ def test_memory_layouts(dtype):
             assert grad.stride() == torch.empty_like(tensor).stride()
         for left, right in zip(actual, expected, strict=True):
             torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("layout", ["causal", "decoding", "scattered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_whose_entries_are_not_neighbours(layout, dtype):
+    positions = LAYOUTS[layout]
+    bias = cast(random_bias(4, positions), torch.float32)
+    tensors = [tensor.to(dtype) for tensor in inputs(positions, kv_heads=2)]
+    ways = [
+        lambda x: x.mT.contiguous().mT,  # from a convolution
+        lambda x: torch.stack((x, x), dim=-1)[..., 0],  # keys and values in one tensor
+        lambda x: x[..., :1].expand(x.shape),
+    ]
+    for way in ways:
+        for changed in range(3):
+            given = [way(x) if i == changed else x for i, x in enumerate(tensors)]
+            expected = fused([x.contiguous() for x in given], bias, positions)
+            for name, left, right in zip(NAMES, fused(given, bias, positions), expected, strict=True):
+                torch.testing.assert_close(left, right, msg=name)
 
 
 @pytest.mark.parametrize("layout", ["causal", "scattered"])

@@ -125,13 +125,17 @@ def test_right_padded_prompts_can_be_continued(model):
 @torch.no_grad()
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention", "fire"])
 @pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
 @torch.compiler.set_stance("force_eager")  # compiling FlexAttention takes a minute
-def test_packed_documents_equal_separate_ones(attn_implementation, use_cache):
+def test_packed_documents_equal_separate_ones(attn_implementation, use_cache, told_by):
     model = tiny_model(attn_implementation=attn_implementation)
     documents = [random_ids(1, n, seed=n) for n in (5, 13, 1, 9)]
     packed = torch.cat(documents, dim=1)
-    position_ids = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
-    actual = model(packed, position_ids=position_ids, use_cache=use_cache).logits
+    where = {"position_ids": torch.cat([torch.arange(d.shape[1]) for d in documents])[None]}
+    if told_by == "cu_seq_lens":  # as `DataCollatorWithFlattening` does if asked
+        starts = torch.tensor([0, 5, 18, 19, 28], dtype=torch.int32)
+        where = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 13, "max_length_k": 13}
+    actual = model(packed, **where, use_cache=use_cache).logits
     expected = torch.cat([model(d).logits for d in documents], dim=1)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
@@ -167,6 +171,17 @@ def test_randomised_positions():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "fire"])
+def test_randomised_positions_in_a_static_cache(attn_implementation):
+    model = tiny_model(attn_implementation=attn_implementation).double()
+    ids, positions = random_ids(2, LENGTH), 3 * torch.arange(LENGTH)[None]
+    expected = model(ids, position_ids=positions, key_position_ids=positions).logits
+    cache = make_cache("static", model.config)
+    actual = model(ids, position_ids=positions, key_position_ids=positions, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
 def test_inputs_embeds_and_logits_to_keep(model):
     ids = random_ids(2, LENGTH)
     expected = model(ids).logits
@@ -185,6 +200,9 @@ def test_bad_input_is_refused():
         model(ids, inputs_embeds=model.embed_tokens(ids))
     with pytest.raises(ValueError, match="`position_ids` beside them"):
         model(ids, key_position_ids=torch.arange(4)[None])
+    for length in (3, 5):
+        with pytest.raises(ValueError, match=f"of {length} keys: give those of all 4"):
+            model(ids, position_ids=torch.arange(4)[None], key_position_ids=torch.arange(length)[None])
 
 
 # Generation: every way of decoding that transformers offers agrees with recomputing the whole text for each token.

@@ -5,6 +5,8 @@ import torch
 from reference import dense_attention, double, random_bias
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_fire import FirePositionBias
 from modeling_fire.attention_fire import fire_attention
@@ -181,8 +183,90 @@ def test_bad_shapes_are_refused():
         fire_attention(query, key, value[..., :4], bias)
     with pytest.raises(ValueError, match="cu_seqlens"):
         fire_attention(query, query, query, bias, cu_seqlens=torch.tensor([0, 9]), window=3)
-    with pytest.raises(ValueError, match="FIRE_BACKEND"):
-        choose_backend("cpu", "fast")
+    with pytest.raises(ValueError, match="`window` counts the query itself"):
+        fire_attention(key, key, value, bias, window=0)
+    for heads in (3, 8):
+        with pytest.raises(ValueError, match="another number of heads than the 4"):
+            fire_attention(query, query, query, FirePositionBias(heads))
+
+
+def test_positions_that_do_not_fit_are_refused():
+    bias, (query, key, value) = FirePositionBias(4).double(), random_qkv(9, 9)
+    right = FirePositions.arange(9)
+    for changes in ({"causal": False}, {"window": 3}, {"cu_seqlens": torch.tensor([0, 9])}):
+        with pytest.raises(ValueError, match="`positions` say who sees whom"):
+            fire_attention(query, key, value, bias, right, **changes)
+    for length in (8, 10):
+        with pytest.raises(ValueError, match=rf"`positions.absolute` has shape \(1, {length}\)"):
+            fire_attention(query, key, value, bias, FirePositions.arange(length))
+        with pytest.raises(ValueError, match=rf"`positions.key` has shape \(1, {length}\)"):
+            fire_attention(query, key, value, bias, right._replace(key=torch.arange(length)[None]))
+    with pytest.raises(ValueError, match=r"`positions.last` has shape \(3, 9\)"):
+        fire_attention(query, key, value, bias, right._replace(last=right.last.expand(3, -1)))
+    with pytest.raises(ValueError, match="need `first` and `last`"):
+        fire_attention(query, key, value, bias, right._replace(first=None, last=None))
+    fire_attention(query, key, value, bias, right._replace(visible=torch.ones(2, 9, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("build", [lambda: FirePositionBias(4).double(), lambda: T5PositionBias(4).double()])
+def test_no_queries(build):
+    query, key, value = random_qkv(9, 9)
+    output = fire_attention(query[:, :, :0], key, value, build())
+    assert output.shape == (2, 4, 0, 8)
+    output.sum().backward()
+
+
+@torch.no_grad()
+def test_positions_say_themselves_whether_they_are_causal(monkeypatch):
+    """In blocks, which cut off what a causal layer does not see."""
+    bias, inputs = T5PositionBias(4).double(), random_qkv(9, 9)
+    expected = fire_attention(*inputs, bias, causal=False)
+    monkeypatch.setattr("modeling_fire.attention_fire.MAX_BLOCK_ELEMENTS", 100)
+    torch.testing.assert_close(fire_attention(*inputs, bias, FirePositions.arange(9, causal=False)), expected)
+
+
+def test_forward_mode_derivatives_are_refused():
+    bias, (query, key, value) = FirePositionBias(4), (x.detach() for x in random_qkv(9, 9, dtype=torch.float32))
+    parameters = {name: p.detach() for name, p in bias.named_parameters()}
+
+    def of_parameters(values):
+        positions = FirePositions.arange(9)
+        pieces = torch.func.functional_call(bias, values, (positions,), {"piecewise": True})
+        return fused_attention(query, key, value, pieces, positions, 0.3)
+
+    for function, at in ((lambda x: fire_attention(query, x, value, bias), key), (of_parameters, parameters)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(function, (at,), (at,))
+
+
+def test_the_choice_of_a_backend(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="FIRE_BACKEND must be"):
+        choose_backend(cpu, "fast")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="FIRE_BACKEND=triton, but the tensors are on cpu"):
+        choose_backend(cpu, "triton")
+    monkeypatch.setattr("modeling_fire.operator_fire.is_triton_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend(cpu, "triton") == "triton"
+    for capability, expected in (((7, 5), "none"), ((8, 0), "triton"), ((12, 1), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert choose_backend(gpu, "") == choose_backend(gpu, "triton") == expected
+
+
+def test_users_of_transformers_see_what_attention_runs_on():
+    logging.info_once.cache_clear()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        with CaptureLogger(logging.get_logger("transformers")) as captured:
+            for bias in (FirePositionBias(4), FirePositionBias(4, mlp_depth=2)) * 2:
+                fire_attention(*random_qkv(9, 9, dtype=torch.float32), bias)
+    finally:
+        logging.set_verbosity(verbosity)
+    backend, general = captured.out.splitlines()
+    assert "cpu runs on the backend 'cpu'" in backend
+    assert "takes the general path" in general
 
 
 def test_the_backend_can_be_forced(monkeypatch):

@@ -14,6 +14,7 @@ from reference import EPS, assert_close, causal, index
 from torch import nn
 
 from modeling_fire import FirePositionBias
+from modeling_fire.attention_fire import fire_attention
 from modeling_fire.other_biases_fire import AlibiPositionBias, KerplePositionBias, SandwichPositionBias, T5PositionBias
 from modeling_fire.position_bias_fire import build_position_bias
 from modeling_fire.positions_fire import FirePositions
@@ -440,6 +441,48 @@ def test_what_inference_remembers_follows_the_parameters():
         changed = not all(torch.equal(a, b) for a, b in zip(before[:6], after[:6], strict=True))
         assert changed or "parametrizations" in dict(bias.mlp[2].named_children())
         assert all(torch.equal(a, b) for a, b in zip(fresh[:6], after[:6], strict=True))
+
+
+@torch.no_grad()
+def test_what_inference_remembers_goes_by_the_types_and_options():
+    bias = FirePositionBias(2, init_L=9.0, init_f="uniform").eval()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8, generator=generator, dtype=torch.float64) for n in (1, 6, 6))
+
+    def attend(dtype: torch.dtype) -> torch.Tensor:
+        return fire_attention(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+
+    def check() -> None:
+        expected = copy.deepcopy(bias).double()(FirePositions.arange(1, past=5))
+        expected = (query @ key.mT * 8**-0.5 + expected).softmax(-1) @ value
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 0.05)) * 2:
+            torch.testing.assert_close(attend(dtype).double(), expected, rtol=0.0, atol=tolerance)
+
+    for change in (bias.eval, bias.double, bias.float, lambda: setattr(bias, "eps", 0.5)):
+        change()
+        check()
+    # What a GPU leaves, which watches versions rather than values.
+    bias.memory["state"] = [(p.data_ptr(), p._version) for p in bias.parameters()]
+    check()
+
+
+@torch.no_grad()
+def test_what_a_device_without_cheap_comparisons_remembers():
+    # Not on a GPU, but told apart by the versions of the parameters all the same.
+    bias = FirePositionBias(2, init_L=9.0).to("meta").eval()
+    assert bias.may_remember()
+    bias.memory["constants"] = "kept"
+    assert bias.may_remember() and "constants" in bias.memory
+    for change in (lambda: bias.c.mul_(2), lambda: setattr(bias, "eps", 0.5), lambda: bias.init_L.fill_(4.0)):
+        change()
+        assert bias.may_remember() and "constants" not in bias.memory
+        bias.memory["constants"] = "kept"
+    bias.c.data.mul_(2)  # shows in no version
+    assert bias.may_remember() and "constants" in bias.memory
+    bias.eval()
+    assert "constants" not in bias.memory
+    bias.to_empty(device="cpu")
+    assert bias.may_remember()
 
 
 @torch.no_grad()

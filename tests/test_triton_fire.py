@@ -174,6 +174,8 @@ POSITIONS = {
     "left padding": left_padded([0, 19], 40),
     "general": scattered(40),
     "general, all visible": scattered(40)._replace(visible=None),
+    "hidden keys": FirePositions.arange(40)._replace(visible=torch.arange(40)[None] % 16 < 9),
+    "decode, hidden keys": FirePositions.arange(2, past=38)._replace(visible=torch.arange(40)[None] % 16 < 9),
 }
 
 
