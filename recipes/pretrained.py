@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from settings import SettingsError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_fire.conversion import check_out
 from modeling_fire.evaluation.loading import LOADING_ERRORS
 
 
@@ -45,10 +46,15 @@ def copy_pretrained(source: str, folder: Path, revision: str | None) -> None:
         source (`str`): a folder, or a name on the Hub.
         folder (`Path`): where its files are to lie, once all of them do; not what lies in folders of its own.
         revision (`str`, *optional*): on the Hub.
+
+    Raises:
+        ConversionError: if something lies in `folder`.
     """
+    check_out(folder, source, overwrite=False)
     found = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    unfinished.mkdir(exist_ok=True)
+    shutil.rmtree(unfinished, ignore_errors=True)  # which may be of another source
+    unfinished.mkdir(parents=True)
     for path in found.iterdir():
         if path.is_file():
             shutil.copyfile(path, unfinished / path.name)

@@ -16,9 +16,9 @@ from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, origin, print_perplexities, read_finished, run_once, write_json
 from peft import PeftModel, get_peft_model
 from pretrained import copy_pretrained
-from retrofit_plan import Plan
+from retrofit_plan import Plan, changed_config
 from retrofit_settings import Retrofit
-from settings import changed, settings_from_command_line
+from settings import settings_from_command_line
 from training_arguments import blamed_on
 from transformers import (
     AutoModelForCausalLM,
@@ -40,26 +40,27 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     # 1. What is wrong with the settings or the text shows before any work.
     plan = Plan.of(run)
     arguments, windows, output = plan.arguments, plan.windows, Path(run.output_dir)
-    read_finished(output / "settings.json", run.settings)
+    converted, settings, checkpoint = output / "converted", "settings.json", last_checkpoint(arguments.output_dir)
+    # What is there is gone on with only if it was made with these settings. What was refused left nothing to describe.
+    read_finished(converted / settings, run.conversion)
+    if checkpoint is not None:
+        read_finished(output / settings, run.settings)
 
     # 2. Convert and calibrate, if that is not done: once, while the other processes wait.
-    converted = output / "converted"
     with arguments.main_process_first(local=False):
-        if not converted.exists():
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(output / "settings.json", {"settings": run.settings})
+        if not (converted / settings).exists():
             if plan.is_fire:
                 copy_pretrained(run.model.source, converted, run.model.revision)
             else:
                 convert(run.model.source, converted, rotation=run.rotation, calibrate=plan.calibrate, **run.source)
+            write_json(converted / settings, {"settings": run.conversion})
 
     # 3. Heal, in float32; `training.bf16` computes in bfloat16.
-    changes = run.model.config if run.rotation != "drop" else {"rope_parameters": None, **run.model.config}
+    changes = run.changes
     set_seed(arguments.seed)  # where LoRA starts
     model: Any = load(converted, changes)
     if plan.lora is not None:
-        with blamed_on("heal.lora"):  # if there are no such modules
-            model = get_peft_model(model, plan.lora)
+        model = get_peft_model(model, plan.lora)
     check_room(output, model.num_parameters(only_trainable=True), arguments)
     distillation: dict[str, Any] = {}
     if run.heal.distill is not None:
@@ -67,7 +68,6 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         teacher: Any = AutoModelForCausalLM.from_pretrained(run.model.source, dtype=dtype, **run.source)
         teacher.to(run.heal.teacher_device or arguments.device)
         distillation = {"teacher": teacher, "distillation_weight": run.heal.distill}
-    checkpoint = last_checkpoint(arguments.output_dir)
     arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
     with blamed_on("training"):
         trainer = FireTrainer(
@@ -81,6 +81,8 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
             bias_lr_multiplier=run.heal.bias_lr_multiplier,
             **distillation,
         )
+    if trainer.is_world_process_zero():
+        write_json(output / settings, {"settings": run.settings})
     train_from(trainer, checkpoint)
     trainer.save_model(str(output / "trained"))
     if not trainer.is_world_process_zero():
@@ -108,8 +110,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
 
 def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM:
     """The model in `folder`, in float32, with `changes` to its config; those to `rope_parameters` go by name."""
-    fields = FireConfig.from_pretrained(folder).to_dict()
-    config = FireConfig.from_dict(changed(fields, changes or {}))
+    config = changed_config(FireConfig.from_pretrained(folder), changes or {})
     return FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
 
 

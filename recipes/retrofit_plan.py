@@ -1,19 +1,25 @@
 """What a retrofit is made of: all that is known of it before any work is done."""
 
+import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from pretrained import open_pretrained
 from retrofit_settings import Retrofit
-from settings import SettingsError
-from training_arguments import training_arguments
+from settings import SettingsError, changed
+from training_arguments import blamed_on, training_arguments
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import cached_file
 from windows import Windows, read_windows
 
-from modeling_fire import FireConfig
-from modeling_fire.conversion import FAMILIES, CalibrationOptions
+from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.conversion import FAMILIES, RECORD_NAME, CalibrationOptions, fire_configs
 from modeling_fire.training import RotationAnnealing
 
 
@@ -52,6 +58,7 @@ class Plan:
             if run.heal.lora is not None:
                 trained = sorted({"position_bias", *run.heal.lora.get("modules_to_save", ())})
                 lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
+            check_model(run, config, lora)
             annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
             is_fire = isinstance(config, FireConfig)
             return cls(arguments, tokenizer, windows, per_step, is_fire, calibrate, lora, annealing)
@@ -85,5 +92,39 @@ def check_source(run: Retrofit, config: PreTrainedConfig) -> None:
         raise ValueError(f"{run.model.source} has no rotation to keep or to anneal.")
     if rotation == "drop" and config.rope_max_period is not None:
         raise ValueError(f"{run.model.source} was converted to keep part of its rotation: set `model.rotation: keep`.")
-    if run.heal.distill is not None and (config.rope_parameters is None or config.rope_max_period is not None):
+    if run.heal.distill is not None and is_changed(run, config):
         raise ValueError("`heal.distill`: the teacher is `model.source`, which has to be with its whole rotation.")
+
+
+def is_changed(run: Retrofit, config: FireConfig) -> bool:
+    """Whether a FIRE source is known to compute something else than what it was converted from."""
+    where = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(run.model.source, RECORD_NAME, revision=run.model.revision, **where)
+    record = {"rotation": None, "calibration": None} if path is None else json.loads(Path(path).read_text())
+    return (
+        record["rotation"] in ("drop", "fast")
+        or record["calibration"] is not None
+        or config.rope_max_period is not None
+    )
+
+
+def check_model(run: Retrofit, config: PreTrainedConfig, lora: LoraConfig | None) -> None:
+    """Makes the model of the training without its weights: FIRE or PEFT may refuse it, which would be late else."""
+    if not isinstance(config, FireConfig):
+        _, config = fire_configs(FAMILIES[config.model_type], config, run.rotation, None)
+    try:
+        config = changed_config(config, run.changes)
+    except (KeyError, StrictDataclassError) as error:
+        raise ValueError(f"`model.config`: {error.__cause__ or error}") from error
+    with torch.device("meta"):
+        model = FireForCausalLM(config)
+        if lora is not None:
+            lora = deepcopy(lora)  # PEFT writes into it
+            lora.init_lora_weights = False  # some ways to begin take the weights
+            with blamed_on("heal.lora"):
+                get_peft_model(model, lora)
+
+
+def changed_config(config: FireConfig, changes: dict[str, Any]) -> FireConfig:
+    """With `changes`; those to `rope_parameters` go by name."""
+    return FireConfig.from_dict(changed(config.to_dict(), changes))

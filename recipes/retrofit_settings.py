@@ -1,5 +1,6 @@
 """The YAML of a retrofit."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,13 @@ class Heal:
     lora: dict | None = None  # fields of LoraConfig; the position bias is trained beside it
     bias_lr_multiplier: float = 1.0
 
+    def __post_init__(self):
+        if self.distill is not None and not (type(self.distill) in (int, float) and 0 < self.distill <= 1):
+            raise ValueError(f"`heal.distill` must be a number in (0, 1], got {self.distill!r}.")
+        multiplier = self.bias_lr_multiplier
+        if type(multiplier) not in (int, float) or not 0 < multiplier < math.inf:
+            raise ValueError(f"`heal.bias_lr_multiplier` must be a positive number, got {multiplier!r}.")
+
 
 @dataclass
 class Evaluation:
@@ -73,6 +81,9 @@ class Retrofit:
             raise ValueError("`model.calibrate` is for a rotation that is dropped at once: not kept, nor annealed.")
         if self.model.rotation == "fast" and self.heal.anneal is not None:
             raise ValueError("`heal.anneal` takes the whole rotation: `model.rotation` cannot be 'fast'.")
+        rope = [value for name, value in self.model.config.items() if name.partition(".")[0] == "rope_parameters"]
+        if self.rotation == "drop" and any(value is not None for value in rope):
+            raise ValueError("`model.rotation: drop` and `model.config.rope_parameters` contradict each other.")
         contexts, num_targets = self.evaluation.contexts, self.evaluation.num_targets
         if self.data.length not in contexts:
             raise ValueError(f"`data.length` ({self.data.length}) is not among `evaluation.contexts`: {contexts}.")
@@ -83,6 +94,19 @@ class Retrofit:
     def rotation(self) -> Literal["drop", "fast", "keep"]:
         """What the conversion does with the rotation."""
         return self.model.rotation if self.heal.anneal is None else "keep"
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Of the config, as training begins."""
+        return self.model.config if self.rotation != "drop" else {"rope_parameters": None, **self.model.config}
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """All that the converted model depends on."""
+        model = {name: value for name, value in asdict(self.model).items() if name != "config"}
+        calibrated_on = {name: getattr(self.data, name) for name in ("text", "held_out", "documents")}
+        calibrated_on["seed"] = self.training.get("seed")
+        return model | {"rotation": self.rotation} | (calibrated_on if self.model.calibrate is not None else {})
 
     @property
     def settings(self) -> dict[str, Any]:

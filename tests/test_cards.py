@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,7 +29,8 @@ from modeling_fire.evaluation.report import EvaluationOptions, evaluate
 from modeling_fire.training import FireTrainer
 
 
-KINDS = ["converted", "calibrated", "pretrained", "finetuned", "adapter", "classifier", "answerer", "bare", "llama"]
+CONVERTED = ["converted", "calibrated", "fast", "fast-calibrated"]
+KINDS = [*CONVERTED, "pretrained", "finetuned", "adapter", "classifier", "answerer", "bare", "llama"]
 
 
 def train(model, folder: Path, **card) -> None:
@@ -53,6 +55,9 @@ def runs(tmp_path_factory) -> Path:
     (work / "source" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Original\n")
     convert(work / "source", work / "converted")
     convert(work / "source", work / "calibrated", calibrate=CalibrationOptions("sample", tokens=64))
+    convert(work / "source", work / "fast", rotation="fast")
+    sample = CalibrationOptions("sample", tokens=64, align=False)
+    convert(work / "source", work / "fast-calibrated", rotation="fast", calibrate=sample)
     train(tiny_model(), work / "pretrained", dataset="A Text", dataset_tags="someone/text", language="de", tags="tiny")
     train(FireForCausalLM.from_pretrained(work / "calibrated"), work / "finetuned")
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["position_bias"], task_type="CAUSAL_LM")
@@ -91,7 +96,7 @@ def test_metadata(runs):
         ours = [tag for tag in data.tags or [] if tag in ("fire", "custom_code")]
         assert ours == {"adapter": ["fire"], "llama": []}.get(name, ["fire", "custom_code"])
         assert data.base_model is None  # which is on no Hub
-        inherits = name in ("converted", "calibrated", "finetuned", "adapter")
+        inherits = name in (*CONVERTED, "finetuned", "adapter")
         assert data.license == ("apache-2.0" if inherits else None), name
     trained = card_of(runs / "pretrained").data
     assert trained.datasets == ["someone/text"] and trained.language == ["de"]
@@ -121,13 +126,39 @@ def test_the_code_of_every_card_runs_as_written(runs):
 
 
 def test_what_a_conversion_says(runs):
-    for name in ("converted", "calibrated"):
+    for name in CONVERTED:
         text, record = card_of(runs / name).text, json.loads((runs / name / "conversion.json").read_text())
         assert f"{record['proof']['absolute']:.2e}" in text and f"bound: {record['proof']['bound']:.1e}" in text
         assert "It needs training." in text and "`source` with [FIRE]" in text
-    assert f"aligned {record['calibration']['perplexity']['aligned']:.2f}" in text and "bias.png" in text
+        if record["calibration"] is not None:
+            last, perplexity = list(record["calibration"]["perplexity"].items())[-1]
+            assert f"{last} {perplexity:.2f}" in text and "bias.png" in text and "how far behind the source" in text
     assert not (runs / "converted" / "bias.png").exists(), "there is nothing learned to draw"
     assert "FIRE's bias is still 0" in card_of(runs / "converted").text
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_a_conversion_that_keeps_part_of_the_rotation_says(runs, tmp_path, calibrated, trained):
+    name = "fast-calibrated" if calibrated else "fast"
+    folder = shutil.copytree(runs / name, tmp_path / name)
+    if trained:
+        train(FireForCausalLM.from_pretrained(folder), folder)
+    text = card_of(folder).text
+    assert "beside rotary position embeddings (RoPE) as its position encoding" in text
+    assert "the fast part is kept beside FIRE's bias" in text and "With the whole rotation kept, the weights" in text
+    says = {
+        "the bias took over what those did, as far as it could: perplexity": calibrated,
+        "Training recovers the rest.": calibrated and not trained,
+        "the training began with a bias of 0": trained and not calibrated,
+        "FIRE's bias is still 0": not trained and not calibrated,
+        "It was not trained since part of its rotation went": not trained,
+        "only calibrated: the perplexities above": not trained and calibrated,
+        "what it writes is not what the source writes": not trained and not calibrated,
+        "ALiBi": False,
+        "the rotation (RoPE) is still there": False,
+    }
+    assert {sentence: sentence in text for sentence in says} == says
 
 
 def test_what_a_training_says(runs):

@@ -72,6 +72,12 @@ def test_convert_calibrates(source, tmp_path):
     assert "aligned" not in fire("convert", source, tmp_path / "out1", *arguments, "--no-align").output
     result = fire("convert", source, tmp_path / "out2", "--calibrate", tmp_path / "missing.txt")
     assert result.exit_code == 1 and result.stderr.startswith("Error: ") and not (tmp_path / "out2").exists()
+    result = fire("convert", source, tmp_path / "out2", "--calibrate", "sample", "--seed", 2**70)
+    assert (
+        result.exit_code == 1
+        and result.stderr.startswith("Error: `seed` must fit")
+        and not (tmp_path / "out2").exists()
+    )
 
 
 def test_what_cannot_be_converted_is_one_line_and_exit_status_1(source, tmp_path):

@@ -25,7 +25,7 @@ from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
 from .bloom import BLOOM
 from .calibrate import Calibration, CalibrationOptions, calibrate_folder, calibration_windows
-from .family import ConversionError, Family
+from .family import ConversionError, Family, writing
 from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mpt import MPT
@@ -88,7 +88,8 @@ def convert(
 
     Weights are streamed: memory holds about one shard, until the proof, which loads first the original and then the
     converted model in float32, and the calibration, which loads the converted one. `out` appears when all is done, and
-    not at all if anything fails; a run that is killed leaves a folder `out.partial-...` beside it, which may go.
+    not at all if anything fails; a run that is killed leaves a folder `out.partial-...` beside it, which may go. What
+    others put at `out` meanwhile stays, and the conversion is left in a folder `out.finished-...`.
 
     Args:
         source (`str` or `Path`): folder or Hub id of the original.
@@ -112,8 +113,8 @@ def convert(
         [`Conversion`].
 
     Raises:
-        [`ConversionError`]: for an architecture, an option or weights that cannot be converted (before anything is
-            written), and if the proof fails.
+        [`ConversionError`]: for an architecture, an option or files that cannot be converted (before anything is
+            written), and if the proof fails, the disk is full, or `out` is taken in the end.
     """
     from ..cards import Base, write_card  # which import this package
 
@@ -131,7 +132,7 @@ def convert(
     weight_map = WeightMap(family, model)
     tokenizer = original.tokenizer()
     windows = calibration_windows(calibrate, tokenizer, final) if calibrate is not None else None
-    ids = prompt_ids(tokenizer, prompt, final) if verify else None
+    ids = prompt_ids(tokenizer, prompt, kept) if verify else None
     shards = original.shards()
     weight_map.check(shards)
     if model.config.dtype is None:
@@ -139,7 +140,7 @@ def convert(
         model.config.dtype = next(tensor.dtype for _, tensor in read(shards[0]))
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as partial:
+    with writing(), tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as partial:
         staging = Path(partial) / out.name
         staging.mkdir()  # unlike its temporary parent, with the permissions that any new folder has
         slopes = family.alibi_slopes(config) if family.alibi_slopes is not None else None
@@ -166,6 +167,12 @@ def convert(
         )
         (staging / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
         write_card(staging, base=Base(original.name, original.on_hub, original.folder))
+        try:
+            check_out(out, source, overwrite)  # once more: this may have taken hours
+        except ConversionError as error:
+            finished = Path(tempfile.mkdtemp(prefix=f"{out.name}.finished-", dir=out.parent)) / out.name
+            staging.rename(finished)
+            raise ConversionError(f"{error} The finished conversion is {finished}.") from error
         if out.exists():
             out.rename(Path(partial) / "replaced")
         staging.rename(out)
@@ -186,10 +193,7 @@ def check_out(out: Path, source: str | Path, overwrite: bool) -> None:
 
 def read_config(source: Source) -> PreTrainedConfig:
     """The config of the original. Raises [`ConversionError`] for an architecture that is not supported."""
-    try:
-        stored = source.config_dict()
-    except OSError as error:
-        raise ConversionError(f"The config of {source.name} cannot be read: {error}") from error
+    stored = source.config_dict()
     if "model_type" not in stored:
         raise ConversionError(f"{source.name} has no {CONFIG_NAME} that names a `model_type`.")
     if stored["model_type"] not in FAMILIES:

@@ -24,7 +24,7 @@ from ..positions_fire import FirePositions
 from .align import align
 from .family import ConversionError
 from .fit import fit
-from .text import read_texts, sampled_windows, token_windows
+from .text import check_tokens, read_texts, sampled_windows, start_token, token_windows
 from .weights import replace_weights
 
 
@@ -60,6 +60,10 @@ class CalibrationOptions:
     tokens: int = 307_200
     align: bool = True
     seed: int = 0
+
+    def __post_init__(self):
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConversionError(f"`seed` must fit into 64 bits, got {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,14 @@ def calibration_windows(
     if count < 1:
         raise ConversionError(f"`tokens={options.tokens}` is less than one window of {length} tokens.")
     if options.text == SAMPLE:
+        start_token(config)
         return None
     if tokenizer is None:
         raise ConversionError("The source has no tokenizer for the text to calibrate on: use 'sample'.")
     windows = token_windows(read_texts(options.text), tokenizer, length + 1, count + HELD_OUT_WINDOWS)
     if len(windows) < 2:
         raise ConversionError(f"The text to calibrate on has less than two windows of {length + 1} tokens: use more.")
+    check_tokens(windows, config.vocab_size)
     return windows
 
 

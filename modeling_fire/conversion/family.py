@@ -1,15 +1,49 @@
 """What a family of checkpoints is: the config fields and the weight names that make it a FIRE model."""
 
-from collections.abc import Callable
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+
+# What the system says of a file that cannot be written to its end; libraries repeat it in errors of their own.
+FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted, or a conversion that went wrong. The message names what is at fault."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """
+    Makes one [`ConversionError`] of whatever libraries raise for a file that is broken, or that asks for what they do
+    not have. They agree on no class: it may be any, and of tokenizers it is `Exception` itself.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        problem = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise ConversionError(f"{what} cannot be read: {problem}") from error
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Makes a [`ConversionError`] of a full disk, in whose error it may be."""
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error) for sign in FULL_DISK):
+            raise
+        raise ConversionError(f"The disk takes no more: {error}. Nothing was written.") from error
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ def fire_fields(config: Any) -> dict[str, Any]:
     partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise ConversionError(f"`partial_rotary_factor={partial}` is not supported: {config.model_type} ignores it.")
-    qwen2 = config.model_type == "qwen2"
-    attention_bias = qwen2 or getattr(config, "attention_bias", False)
+    # Others than these may have the fields too, but transformers makes no biases of them.
+    model_type = config.model_type
+    attention_bias = model_type == "qwen2" or (model_type in ("llama", "qwen3") and config.attention_bias)
     return common_fields(config) | {
         "intermediate_size": config.intermediate_size,
         "num_key_value_heads": config.num_key_value_heads,
@@ -35,11 +36,11 @@ def fire_fields(config: Any) -> dict[str, Any]:
         "hidden_act": config.hidden_act,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "qk_norm": config.model_type == "qwen3",
+        "qk_norm": model_type == "qwen3",
         "attention_bias": attention_bias,
-        "attention_output_bias": attention_bias and not qwen2,
+        "attention_output_bias": attention_bias and model_type != "qwen2",
         "attention_dropout": config.attention_dropout or 0.0,
-        "mlp_bias": getattr(config, "mlp_bias", False),
+        "mlp_bias": model_type == "llama" and config.mlp_bias,
         "rope_parameters": config.rope_parameters,
     }
 

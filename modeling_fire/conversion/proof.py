@@ -11,10 +11,14 @@ from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
 from .family import ConversionError
 from .source import Source
+from .text import check_tokens
 
 
 # Tokens of the prompt, at most. A weight in the wrong place shows in any handful.
 LENGTH = 256
+# Of them distinct, at least: a token alone attends to itself, and equal ones have equal values, whatever queries, keys
+# and rotation are.
+FEWEST = 4
 # How far rounding moves logits depends on the model: 1e-6 of the largest logit is usual, outliers can make it 1e-3. So
 # the original is asked: moving its embeddings by one unit in the last place moved its logits, in every model tried,
 # further than the conversion did, and than another implementation of attention does. 10 times that passes.
@@ -72,17 +76,34 @@ class Proof:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase | None, prompt: str | None, config: FireConfig) -> torch.Tensor:
     """
     Token ids of shape `(1, length)`, no more than the model was trained on: of the `prompt`, of a default text, or
-    random ones where there is no tokenizer.
+    random ones where there is no tokenizer, or none that tells the letters of that text apart.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the source.
+        prompt (`str`, *optional*): the user's.
+        config ([`FireConfig`]): that computes what the original does. Beside a rotation its bias is 0; ALiBi is exact
+            up to `L`.
+
+    Raises:
+        [`ConversionError`]: if they are too few, or too much alike, to say anything, or are none of the model's.
     """
-    length = min(LENGTH, config.max_position_embeddings, int(config.fire_init_L))
-    if tokenizer is None:
-        if prompt is not None:
-            raise ConversionError("The source has no tokenizer for the `prompt`.")
-        return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    text = PROMPT if prompt is None else prompt
-    ids = tokenizer(text, truncation=True, max_length=length, return_tensors="pt").input_ids
-    if ids.numel() == 0:
-        raise ConversionError("The `prompt` has no tokens.")
+    length = min(LENGTH, config.max_position_embeddings)
+    if config.rope_parameters is None:
+        length = min(length, int(config.fire_init_L))
+    if prompt is not None and tokenizer is None:
+        raise ConversionError("The source has no tokenizer for the `prompt`.")
+    ids = torch.empty(1, 0)
+    if tokenizer is not None:
+        text = PROMPT if prompt is None else prompt
+        ids = tokenizer(text, truncation=True, max_length=length, return_tensors="pt").input_ids
+    check_tokens(ids, config.vocab_size)
+    if prompt is None and len(ids.unique()) < FEWEST:
+        ids = torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    if (distinct := len(ids.unique())) < FEWEST:
+        raise ConversionError(
+            f"The `prompt` has {distinct} distinct tokens among the first {length}, beyond which none is read. A "
+            f"proof takes {FEWEST}: with fewer, wrong queries, keys or rotations may go unnoticed."
+        )
     return ids.long()
 
 

@@ -8,12 +8,16 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, logging
 
-from .family import ConversionError
+from .family import ConversionError, reading
 from .weights import Shard, find_shards
 
 
+logger = logging.get_logger(__name__)
+
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+TEKKEN = "tekken.json"  # Mistral's own format
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", "*chat_template*", *TOKENIZER_FILES)
 WEIGHT_FILES = (
     ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
@@ -64,10 +68,12 @@ class Source:
 
     def config_dict(self) -> dict[str, Any]:
         """The config as it is stored, before any class of transformers reads it."""
-        return PreTrainedConfig.get_config_dict(self.folder, **self.gguf)[0]
+        with reading(f"{self.gguf_file or CONFIG_NAME} of {self.name}"):
+            return PreTrainedConfig.get_config_dict(self.folder, **self.gguf)[0]
 
     def config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self.gguf)
+        with reading(f"{self.gguf_file or CONFIG_NAME} of {self.name}"):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False, **self.gguf)
 
     def shards(self) -> list[Shard]:
         """The weights, fetched by now. Of a GGUF file: all of them, as transformers reads them, in float32."""
@@ -82,15 +88,19 @@ class Source:
 
     def model(self) -> torch.nn.Module:
         """The original model in float32."""
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, trust_remote_code=False, **self.gguf
-        ).eval()
+        with reading(f"{self.gguf_file or 'The model'} of {self.name}"):
+            return AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=torch.float32, trust_remote_code=False, **self.gguf
+            ).eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, if the checkpoint has one."""
         if self.gguf_file is None and not any(any(self.folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            if (self.folder / TEKKEN).exists():
+                logger.warning(f"{self.name} has its tokenizer as {TEKKEN} alone, which does not come along.")
             return None
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **self.gguf)
+        with reading(f"The tokenizer of {self.name}"):
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, **self.gguf)
 
     @property
     def gguf(self) -> dict[str, str]:

@@ -91,13 +91,41 @@ def token_windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, leng
     return torch.tensor(tokens[: windows * length], dtype=torch.long).view(windows, length)
 
 
+def check_tokens(ids: torch.Tensor, vocab_size: int) -> None:
+    """
+    Raises [`ConversionError`] if a text has tokens that the model does not know. That a tokenizer has such is no fault
+    yet: to that of a GGUF file transformers may add one, which no text has.
+    """
+    if ids.numel() and int(ids.max()) >= vocab_size:
+        raise ConversionError(
+            f"The tokenizer makes token number {int(ids.max())} of a text, and the model has {vocab_size}, from 0: "
+            "give it the tokenizer that it was trained with, or resize its embeddings."
+        )
+
+
+def start_token(config: Any) -> int:
+    """
+    What the texts that a model writes begin with.
+
+    Raises:
+        [`ConversionError`]: if its config has neither a `bos_token_id` nor an `eos_token_id`, or one that is no token.
+    """
+    starts = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+    start = starts[0] if isinstance(starts, list) else starts
+    if start is None or not 0 <= start < config.vocab_size:
+        raise ConversionError(
+            f"The model has no `bos_token_id` to start a text with (got {start}): give one to calibrate on."
+        )
+    return start
+
+
 @torch.no_grad()
 def sampled_windows(model: Any, length: int, count: int, seed: int, batch_size: int) -> torch.Tensor:
     """
     Windows that a model writes by itself, one text each, at temperature 1.
 
     Args:
-        model (`PreTrainedModel`): any causal language model whose config has a `bos_token_id` or an `eos_token_id`.
+        model (`PreTrainedModel`): any causal language model whose config has a [`start_token`].
         length (`int`): tokens in a window.
         count (`int`): how many windows.
         seed (`int`): of the sampling; the generators of the caller are left as they were.
@@ -105,15 +133,8 @@ def sampled_windows(model: Any, length: int, count: int, seed: int, batch_size: 
 
     Returns:
         `torch.LongTensor` of shape `(count, length)`.
-
-    Raises:
-        [`ConversionError`]: if the config has neither.
     """
-    config = model.config
-    starts = torch.tensor([config.bos_token_id if config.bos_token_id is not None else config.eos_token_id or -1])
-    start = int(starts.flatten()[0])
-    if start < 0:
-        raise ConversionError("The model has no `bos_token_id` to start a text with: give one to calibrate on.")
+    start = start_token(model.config)
     device = model.device
     windows = []
     generation_config = model.generation_config

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -18,7 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
 from ..position_bias_fire import FirePositionBias, build_position_bias
-from .family import ConversionError, Family, Fused
+from .family import ConversionError, Family, Fused, reading
 
 
 # A checkpoint file, or the tensors themselves where transformers had to read them.
@@ -28,16 +28,20 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint, safetensors if there are any. Raises [`ConversionError`] if one is missing."""
+    """
+    The weight files of a checkpoint, safetensors if there are any. Raises [`ConversionError`] if one is missing, or
+    the index is broken.
+    """
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / name).exists():
             return [folder / name]
         if (folder / index_name).exists():
-            index = json.loads((folder / index_name).read_text())
-            names = sorted(set(index["weight_map"].values()))
-            if missing := [name for name in names if not (folder / name).exists()]:
-                raise ConversionError(f"{index_name} names files that are missing: {', '.join(missing)}.")
-            return [folder / name for name in names]
+            with reading(index_name):
+                index = json.loads((folder / index_name).read_text())
+                names = sorted(set(index["weight_map"].values()))
+                if missing := [name for name in names if not (folder / name).exists()]:
+                    raise ConversionError(f"{index_name} names files that are missing: {', '.join(missing)}.")
+                return [folder / name for name in names]
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     raise ConversionError(f"The source has no weights: none of {', '.join(names)}.")
 
@@ -45,26 +49,28 @@ def find_shards(folder: Path) -> list[Path]:
 def read(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
     """
     The tensors of a shard by name. Files are mapped into memory: values are read where they are used. Raises
-    [`ConversionError`] for a file that is broken, or a pickle of more than tensors: it could run code.
+    [`ConversionError`] for a file that is broken or holds other things, or a pickle of more: it could run code.
     """
     if isinstance(shard, Mapping):
         yield from shard.items()
         return
-    try:
+    with reading(shard.name):
         if shard.suffix == ".safetensors":
             with safe_open(shard, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (it cannot be iterated over)
                     yield name, file.get_tensor(name)
-        else:
-            mapped = zipfile.is_zipfile(shard)  # files of PyTorch before 1.6 are none
-            yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped).items()
-    except UnpicklingError as error:
-        raise ConversionError(
-            f"{shard.name} is refused: it is broken, or a pickle of more than tensors, which could run code as it is "
-            "read. Take the checkpoint as safetensors."
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise ConversionError(f"{shard.name} cannot be read, and may be incomplete: {error}") from error
+            return
+        mapped = zipfile.is_zipfile(shard)  # files of PyTorch before 1.6 are none
+        try:
+            state = torch.load(shard, map_location="cpu", weights_only=True, mmap=mapped)
+        except UnpicklingError as error:
+            raise ConversionError(
+                f"{shard.name} is refused: it is broken, or a pickle of more than tensors, which could run code as it "
+                "is read. Take the checkpoint as safetensors."
+            ) from error
+        if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+            raise ConversionError(f"{shard.name} holds something else than tensors by name.")
+        yield from state.items()
 
 
 class WeightMap:
@@ -191,7 +197,10 @@ def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, max_
         if pending and size + tensor.nbytes > max_shard_size:
             flush()
             size = 0
-        pending[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in pending.values()):
+            tensor = tensor.clone()  # a pickle may hold one tensor under two names, which safetensors refuse
+        pending[name] = tensor
         size += tensor.nbytes
         total_size += tensor.nbytes
     flush()

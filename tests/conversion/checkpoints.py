@@ -76,9 +76,9 @@ def mpt(**changes) -> MptForCausalLM:
     return randomised(MptForCausalLM(MptConfig(**fields)))
 
 
-def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def save_tokenizer(folder: Path, vocabulary: list[str] | None = None) -> PreTrainedTokenizerFast:
     """A tokenizer of the 96 letters and signs that ids below 99 have room for, with a chat template."""
-    vocabulary = ["<pad>", "<s>", "</s>", *sorted(set(PROMPT))]
+    vocabulary = vocabulary or ["<pad>", "<s>", "</s>", *sorted(set(PROMPT))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -300,11 +300,22 @@ def test_a_text_needs_a_tokenizer_and_a_calibration_finite_figures(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+def test_a_text_has_tokens_that_the_model_knows(source, tmp_path):
+    checkpoints.save_tokenizer(source, ["<pad>", "<s>", "</s>", *map(str, range(10, 106)), *"The fir"])
+    with pytest.raises(ConversionError, match=r"tokenizer makes token number \d+ of a text, and the model has 99"):
+        convert(source, tmp_path / "out", calibrate=CalibrationOptions([TEXT], tokens=100), verify=False)
+
+
 def test_text_sampled_from_the_model_itself(tmp_path):
     checkpoints.llama().save_pretrained(tmp_path / "source")
     options = CalibrationOptions("sample", tokens=100, align=False)
     conversion = convert(tmp_path / "source", tmp_path / "out", calibrate=options, verify=False)
     assert conversion.calibration.text == "sample" and conversion.calibration.tokens == 96
+    for token in (99, None):
+        checkpoints.change_config(tmp_path / "source", bos_token_id=token, eos_token_id=None)
+        with pytest.raises(ConversionError, match=f"no `bos_token_id` to start a text with .got {token}."):
+            convert(tmp_path / "source", tmp_path / "again", calibrate=options)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 @pytest.mark.parametrize(
@@ -314,6 +325,7 @@ def test_text_sampled_from_the_model_itself(tmp_path):
         ([TEXT], {"tokens": 31}, "`tokens=31` is less than one window of 32 tokens"),
         ("nowhere.txt", {}, "There is no file 'nowhere.txt'"),
         ("", {}, "There is no file ''"),
+        ([TEXT], {"seed": 2**70}, "`seed` must fit into 64 bits"),
     ],
 )
 def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(source, tmp_path, text, changes, message):

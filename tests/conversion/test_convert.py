@@ -1,7 +1,9 @@
 """What a converted folder holds, how it comes to be, and what of that is proven."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import bloom, change_config, change_weights, gpt_neox, llama, mpt, reads
+from checkpoints import bloom, change_config, change_weights, gpt_neox, llama, mpt, reads, save_tokenizer
 from helpers import random_ids
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -61,12 +64,40 @@ def test_what_does_not_come_along_need_not_be_there(tmp_path):
 
 def test_the_prompt_is_the_callers(source, tmp_path):
     assert convert(source, tmp_path / "out", prompt="A fire").proof.tokens == 6
-    with pytest.raises(ConversionError, match="`prompt` has no tokens"):
-        convert(source, tmp_path / "again", prompt="")
+    for prompt, distinct in (("", 0), ("A", 1), ("AAAAAAAA", 1), ("A fAAAA", 3)):
+        with pytest.raises(ConversionError, match=f"`prompt` has {distinct} distinct tokens among the first 32,"):
+            convert(source, tmp_path / "again", prompt=prompt)
     for file in source.glob("*token*"):
         file.unlink()
     with pytest.raises(ConversionError, match="no tokenizer for the `prompt`"):
         convert(source, tmp_path / "again", prompt="A fire")
+
+
+NO_PROOF = {
+    "no letter is known": (lambda folder: save_tokenizer(folder, ["<pad>", "<s>", "</s>"]), {}),
+    "one token of L": (save_tokenizer, {"max_length": 1}),
+}
+
+
+@pytest.mark.parametrize(("prepare", "options"), NO_PROOF.values(), ids=NO_PROOF)
+def test_the_proof_is_of_distinct_tokens(tmp_path, monkeypatch, prepare, options):
+    """Of one token alone, or of equal ones, queries and keys could be swapped."""
+    llama(num_key_value_heads=4).save_pretrained(tmp_path / "source")
+    prepare(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", **options).proof.tokens == 32
+    family = conversion.FAMILIES["llama"]
+    query, key = "model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj"
+    swapped = dataclasses.replace(family, weights={**family.weights, query: key, key: query})
+    monkeypatch.setitem(conversion.FAMILIES, "llama", swapped)
+    with pytest.raises(ConversionError, match="not the original"):
+        convert(tmp_path / "source", tmp_path / "again", **options)
+
+
+def test_where_no_proof_is_possible_none_is_made_up(tmp_path):
+    bloom().save_pretrained(tmp_path / "source")
+    with pytest.raises(ConversionError, match=r"distinct tokens among the first 1, .* A proof takes 4"):
+        convert(tmp_path / "source", tmp_path / "out", max_length=1)
+    convert(tmp_path / "source", tmp_path / "out", max_length=1, verify=False)
 
 
 CHILD = """
@@ -229,6 +260,37 @@ def test_overwriting_replaces_a_model_whole(source, tmp_path, monkeypatch):
     convert(source, out, overwrite=True)
     assert json.loads((out / "conversion.json").read_text())["rotation"] == "drop" and not (out / "left-over").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_meanwhile_survives(source, tmp_path, monkeypatch, overwrite):
+    """Calibration may take hours: neither what somebody put there nor the conversion is to be lost."""
+    out = tmp_path / "out"
+    prove = conversion.prove
+
+    def prove_slowly(*args):
+        out.mkdir()
+        (out / "precious").write_text("")
+        return prove(*args)
+
+    monkeypatch.setattr(conversion, "prove", prove_slowly)
+    with pytest.raises(ConversionError, match=f"{out} .* The finished conversion is {tmp_path}/out.finished") as error:
+        convert(source, out, overwrite=overwrite)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    finished = re.search(r"conversion is (.*)\.$", str(error.value))[1]
+    assert FireForCausalLM.from_pretrained(finished).config.rope_parameters is None
+    assert (Path(finished) / "conversion.json").exists() and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("step", ["write_shards", "write_around_weights", "calibrate_folder"])
+def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch, step):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(conversion, step, full)
+    with pytest.raises(ConversionError, match=r"disk takes no more: .*No space left .* Nothing was written"):
+        convert(source, tmp_path / "out", calibrate=conversion.CalibrationOptions("sample", tokens=64))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_overwriting_spares_what_is_no_model_and_the_source(source, tmp_path):

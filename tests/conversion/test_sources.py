@@ -10,18 +10,24 @@ import torch
 from checkpoints import (
     assert_same_state,
     bloom,
+    change_config,
     change_weights,
     gpt_neox,
     llama,
+    mistral,
+    mpt,
     reads,
+    save_tokenizer,
 )
+from helpers import random_ids
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
-from transformers import BloomModel, LlamaModel
+from transformers import AutoTokenizer, BloomModel, LlamaForCausalLM, LlamaModel
 
-from modeling_fire import conversion
+from modeling_fire import FireForCausalLM, conversion
 from modeling_fire.conversion import ConversionError, convert
+from modeling_fire.conversion.proof import PROMPT
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -161,11 +167,165 @@ def test_missing_files_are_named(source, tmp_path):
     with pytest.raises(ConversionError, match=f"names files that are missing: {shard.name}"):
         convert(source, tmp_path / "out")
     (source / "config.json").write_text("{")
-    with pytest.raises(ConversionError, match="config of source cannot be read"):
+    with pytest.raises(ConversionError, match=r"config\.json of source cannot be read"):
         convert(source, tmp_path / "out")
     (source / "config.json").unlink()
     with pytest.raises(ConversionError, match="source has no config"):
         convert(source, tmp_path / "out")
+
+
+def test_a_tensor_under_two_names(tmp_path):
+    """`torch.save` keeps them one; nothing says that the model has them tied."""
+    model = llama()
+    folder = tmp_path / "source"
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, folder / "pytorch_model.bin")
+    convert(folder, tmp_path / "out")
+    converted = reads(tmp_path / "out")
+    assert torch.equal(converted["lm_head.weight"], converted["model.embed_tokens.weight"])
+
+
+def remote_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "TheirTokenizer", "auto_map": {"AutoTokenizer": ["theirs.TheirTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def without_fields(rope_type):
+    return lambda folder: change_config(folder, rope_parameters={"rope_type": rope_type, "rope_theta": 1e4})
+
+
+def index(text):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
+
+
+def pickled(content):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        torch.save(content, folder / "pytorch_model.bin")
+
+    return write
+
+
+BROKEN = {
+    **{
+        f"{name} rope without fields": (without_fields(name), rf"config\.json of source .*rope_parameters.*'{name}'")
+        for name in ("linear", "dynamic", "yarn", "llama3")
+    },
+    "rope of another type": (lambda folder: change_config(folder, rope_parameters=[1]), "'rope_parameters'"),
+    "heads": (
+        lambda folder: change_config(folder, num_attention_heads=5),
+        "hidden size .* not a multiple of .* heads",
+    ),
+    "a word for a number": (lambda folder: change_config(folder, hidden_size="x"), "'hidden_size' expected int"),
+    "tokens that the model lacks": (
+        lambda folder: save_tokenizer(folder, ["<pad>", "<s>", "</s>", *map(str, range(10, 106)), "A"]),
+        "tokenizer makes token number 99 of a text, and the model has 99, from 0",
+    ),
+    "a tokenizer with code": (remote_tokenizer, "tokenizer of source cannot be read: .*custom code"),
+    "half a tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of source cannot be"),
+    "an empty tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer of source cannot"),
+    "half an index": (index("{"), r"model\.safetensors\.index\.json cannot be read"),
+    "an empty index": (index("{}"), "index.json cannot be read: 'weight_map'"),
+    "a list of weights": (pickled([torch.zeros(2)]), r"pytorch_model\.bin holds something else than tensors by name"),
+    "a step among the weights": (pickled({"step": 3}), r"pytorch_model\.bin holds something else than tensors"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_files_are_one_error(source, tmp_path, change, message):
+    change(source)
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_dropout_in_mpt_is_refused_by_name(tmp_path):
+    """Its config has a whole number for it, and transformers refuses others."""
+    mpt().save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    change_config(tmp_path / "source", attn_config={**config["attn_config"], "attn_pdrop": 0.1})
+    with pytest.raises(ConversionError, match=r"'attn_pdrop' .*0\.1"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_tokenizer_in_mistrals_own_format_is_missed_aloud(tmp_path, caplog):
+    mistral().save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "tekken.json").write_text("{}")
+    convert(tmp_path / "source", tmp_path / "out")
+    assert "source has its tokenizer as tekken.json alone, which does not come along." in caplog.text
+
+
+# GGUF
+
+
+def write_gguf(folder: Path, tied: bool) -> LlamaForCausalLM:
+    """A LLaMA in a file of llama.cpp, whose names, order of queries and keys, and vocabulary are its own."""
+    gguf = pytest.importorskip("gguf")
+    folder.mkdir()
+    model = llama(tie_word_embeddings=tied)
+    config, writer = model.config, gguf.GGUFWriter(folder / "model.gguf", "llama")
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = ["<pad>", "<s>", "</s>", *sorted(set(PROMPT)), "fi"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*tokens, *(f"<{number}>" for number in range(len(tokens), config.vocab_size))])
+    writer.add_token_merges(["f i"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # the halves of a head, interleaved
+            heads = value.shape[0] // head_dim
+            value = value.unflatten(0, (heads, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        stem, kind = name.rsplit(".", 1)
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_gguf(tmp_path, tied):
+    model = write_gguf(tmp_path / "source", tied)
+    result = convert(tmp_path / "source", tmp_path / "out", rotation="keep", gguf_file="model.gguf")
+    assert result.gguf_file == "model.gguf" and result.proof.holds
+    ids = random_ids(2, 12)
+    fire = FireForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert fire.config.tie_word_embeddings is tied and fire.config.rope_parameters["rope_theta"] == 10000.0
+    torch.testing.assert_close(fire(ids).logits, model(ids).logits, rtol=0.0, atol=1e-3)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")("fire").input_ids) == 3
+
+
+def test_a_broken_gguf_file_is_one_error(tmp_path):
+    write_gguf(tmp_path / "source", tied=True)
+    whole = (tmp_path / "source" / "model.gguf").read_bytes()
+    parts = [whole[:size] for size in (0, 8, 100, 2000, len(whole) // 2, len(whole) - 400)]
+    for content in (*parts, b"something else", whole.replace(b"llama", b"llamo")):
+        (tmp_path / "source" / "model.gguf").write_bytes(content)
+        with pytest.raises(ConversionError, match=r"cannot be read|not supported"):
+            convert(tmp_path / "source", tmp_path / "out", gguf_file="model.gguf")
 
 
 # The Hub

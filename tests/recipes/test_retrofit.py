@@ -21,7 +21,7 @@ from settings import SettingsError, changed, parse_changes, read_fields
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from windows import as_dataset, read_windows, split
 
-from modeling_fire.conversion import CalibrationOptions, convert
+from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
 
 
 TEXT = "Once upon a time there was a little fox. It ran through the woods, and the woods were dark and deep. "
@@ -108,6 +108,16 @@ def test_wrong_settings_are_refused(settings):
     refused("`model.calibrate` is for a rotation that is dropped at once", model__calibrate={}, heal__anneal=0.5)
     refused("`model.calibrate` is for a rotation that is dropped", model__calibrate={}, model__rotation="keep")
     refused("`heal.anneal` takes the whole rotation", model__rotation="fast", heal__anneal=0.5)
+    for weight in (0, 1.5, -0.5, math.nan, True, "0.5"):
+        refused(r"`heal.distill` must be a number in \(0, 1\], got", heal__distill=weight)
+    for multiplier in (0, -1.0, math.inf, math.nan, "3", None):
+        refused("`heal.bias_lr_multiplier` must be a positive number, got", heal__bias_lr_multiplier=multiplier)
+    for rope in ({"rope_parameters": {"rope_type": "default"}}, {"rope_parameters.rope_theta": 5e5}):
+        refused("`model.rotation: drop` and `model.config.rope_parameters` contradict", model__config=rope)
+    linear = {"rope_parameters": {"rope_type": "linear"}}
+    refused("`model.config`: .*'factor'", model__rotation="keep", model__config=linear)
+    refused("`model.config`: .*`fire_mlp_depth` must be 1 or 2", model__config={"fire_mlp_depth": 3})
+    refused("`heal.lora`: No modules were targeted for adaptation", heal__lora={"target_modules": ["query"]})
 
 
 def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
@@ -118,11 +128,29 @@ def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_what_trainer_or_peft_refuse_is_one_error(settings, tmp_path):
-    with pytest.raises(SettingsError, match=r"`heal.lora`: No modules were targeted for adaptation"):
-        run(settings, output_dir=str(tmp_path / "lora"), heal__lora={"target_modules": ["query"]})
+def test_what_trainer_refuses_is_one_error_and_costs_no_conversion(settings, tmp_path, monkeypatch):
+    """One that calibrated for an hour serves the settings that are mended, and no others."""
+    settings["model"]["calibrate"] = {"tokens": 64, "align": False}
     with pytest.raises(SettingsError, match=r"`training`: With a `teacher` there is no .*label_smoothing_factor"):
         run(settings, heal__distill=0.5, training__label_smoothing_factor=0.1)
+    monkeypatch.setattr("retrofit.convert", None)
+    run(settings, heal__distill=0.5, training__max_steps=2)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    for change in ({"model__calibrate": {"tokens": 96}}, {"training__seed": 7}, {"data__held_out": 0.3}):
+        with pytest.raises(SystemExit, match=f"{tmp_path}/out/converted was made with other settings: delete it"):
+            run(settings, **change)
+
+
+def test_what_convert_refuses_leaves_the_folder_to_other_settings(settings, tmp_path):
+    with pytest.raises(ConversionError, match="`tokens=5` is less than one window"):
+        run(settings, model__calibrate={"tokens": 5})
+    assert not (tmp_path / "out").exists()
+    convert(settings["model"]["source"], tmp_path / "out" / "converted", rotation="keep", verify=False)
+    with pytest.raises(ConversionError, match="out/converted exists and is not an empty folder"):
+        run(settings)  # which knows nothing of where that comes from
+    convert(settings["model"]["source"], tmp_path / "fire", verify=False)
+    with pytest.raises(ConversionError, match="out/converted exists and is not an empty folder"):
+        run(settings, model__source=str(tmp_path / "fire"))
 
 
 def test_alibi_has_no_rotation_to_anneal(settings, source, tmp_path):
@@ -203,12 +231,17 @@ def test_from_the_command_line_to_a_model_for_the_hub(settings, tmp_path):
     assert (out / "results.json").stat().st_mtime_ns == written, "what is finished is not run again"
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path, monkeypatch):
+HEAL = {
+    "distillation": {"anneal": 0.5, "distill": 0.5},
+    "LoRA": {"lora": {"r": 2, "target_modules": ["q_proj", "k_proj"], "lora_dropout": 0.1}, "bias_lr_multiplier": 3},
+}
+
+
+@pytest.mark.parametrize("heal", HEAL.values(), ids=HEAL)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path, monkeypatch, heal):
     """Killed while it trains, with half a checkpoint beside a whole one; later after its last step."""
-    changes = {"heal": {"anneal": 0.5, "distill": 0.5}, "training.max_steps": 60}
-    undisturbed = run(
-        settings, output_dir=str(tmp_path / "whole"), **{"training.max_steps": 60, "heal": changes["heal"]}
-    )
+    changes = {"heal": heal, "training.max_steps": 60}
+    undisturbed = run(settings, output_dir=str(tmp_path / "whole"), **changes)
 
     arguments = command(changed(settings, changes))
     process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
@@ -299,6 +332,17 @@ def test_of_what_is_converted_is_refused_what_is_too_late(settings, source, tmp_
         with pytest.raises(SettingsError, match=message):
             run(settings, model__source=str(tmp_path / "fire"), **changes)
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_what_was_alibi_is_a_teacher(settings, tmp_path):
+    """It was converted exactly, and is what it was made of."""
+    bloom().save_pretrained(tmp_path / "bloom")
+    save_tokenizer(tmp_path / "bloom")
+    convert(tmp_path / "bloom", tmp_path / "fire")
+    source, heal = str(tmp_path / "fire"), {"distill": 1, "bias_lr_multiplier": 2}
+    result = run(settings, model__source=source, heal=heal, training__max_steps=2)
+    # The student begins as the teacher: but for rounding there is nothing to learn.
+    assert result["train_loss"][1] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_weights_keep_the_type_of_the_source(settings, source, tmp_path):
