@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import errno
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,14 +12,14 @@ from typing import Any, TypeVar
 import yaml
 
 from modeling_fire.conversion import ConversionError
+from modeling_fire.conversion.family import FULL_DISK as SYSTEM_FULL_DISK
 
 
 Fields = TypeVar("Fields")
 
 
 # What is said of a file that cannot be written to its end: by the system; and by torch.save, of whatever the cause.
-FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-FULL_DISK += ("PytorchStreamWriter failed", "unexpected pos ")
+FULL_DISK = (*SYSTEM_FULL_DISK, "PytorchStreamWriter failed", "unexpected pos ")
 
 
 class SettingsError(ValueError):
