@@ -4,6 +4,7 @@ What training a FIRE model, or making one of a model with rotation, adds to tran
 Nothing of this travels with saved models.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ class FireTrainer(Trainer):
     The other arguments are those of `Trainer`.
 
     Raises:
-        ValueError: with a teacher, if its vocabulary is of another size than the student's, if Trainer is asked for
-            another loss as well, or if one process has several GPUs.
+        ValueError: if a factor or a weight is out of its range; with a teacher, if its vocabulary is of another size
+            than the student's, if Trainer is asked for another loss as well, or if one process has several GPUs.
     """
 
     def __init__(
@@ -62,6 +63,12 @@ class FireTrainer(Trainer):
         distillation_weight: float = 1.0,
         **kwargs,
     ):
+        if not 0 < bias_lr_multiplier < math.inf:
+            raise ValueError(f"`bias_lr_multiplier` must be positive and finite, got {bias_lr_multiplier}.")
+        if not 0 <= bias_weight_decay < math.inf:
+            raise ValueError(f"`bias_weight_decay` must be finite and not negative, got {bias_weight_decay}.")
+        if not 0 <= distillation_weight <= 1:
+            raise ValueError(f"`distillation_weight` must be in [0, 1], got {distillation_weight}.")
         super().__init__(*args, **kwargs)
         self.bias_lr_multiplier = bias_lr_multiplier
         self.bias_weight_decay = bias_weight_decay

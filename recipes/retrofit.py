@@ -3,6 +3,8 @@ Makes a FIRE model of a model with rotation: convert, calibrate, train on a litt
 
     accelerate launch recipes/retrofit.py recipes/retrofit/stories260k.yaml model.source=... data.text=...
 
+The source may also be what `fire convert` made of such a model.
+
 Fields of the YAML may be changed on the command line. Under the output folder: `model` (as it would go to the Hub) and
 `results.json`. A run that was killed goes on from its last checkpoint; a finished one is not run again.
 """

@@ -162,6 +162,12 @@ def test_distillation_learns_the_teacher_with_lora_and_a_teacher_in_bfloat16(tmp
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("field", ["bias_lr_multiplier", "bias_weight_decay", "distillation_weight"])
+def test_what_is_out_of_range_is_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=f"`{field}` must be .*, got -1.0"):
+        build_trainer(tiny_model(), tmp_path, **{field: -1.0})
+
+
 def test_a_teacher_that_cannot_be_imitated_is_refused(tmp_path):
     with pytest.raises(ValueError, match="The teacher has 100 tokens and the student 99"):
         build_trainer(tiny_model(), tmp_path, teacher=tiny_model(vocab_size=100))
