@@ -1,5 +1,6 @@
 """FIRE models: a pre-norm decoder whose attention scores carry a learned function of distance (arXiv 2310.04418)."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, 
 from .base_bias_fire import PositionBias
 from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
-from .position_bias_fire import build_position_bias
+from .position_bias_fire import FirePositionBias, build_position_bias
 from .positions_fire import FirePositions, paged_positions, token_positions
 
 
@@ -398,11 +399,23 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         """The padding mask as it is: `forward` makes positions of it, which one of 4 dimensions does not tell."""
         return attention_mask
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        self.forget()
+        return super().generate(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Drops what the biases remember of earlier steps of generation."""
+        for module in self.modules():
+            if isinstance(module, FirePositionBias):
+                module.memory.clear()
+
     def init_continuous_batching(self, *args, **kwargs):
         """
         See transformers, which knows attention implementations by name here: "fire" has to be called "sdpa". With a
         paged cache that is fused all the same.
         """
+        self.forget()
         if self.config._attn_implementation == "fire":
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

@@ -33,9 +33,9 @@ class FirePositionBias(PositionBias):
     The names `mlp.0`, `mlp.2`, `c`, `L_multiplier` and `init_L` are those of the widely copied public listing, whose
     state dict loads here, 0-dim scalars included.
 
-    In `eval()` without gradients, what the parameters alone decide is remembered from one generated token to the next
-    until they change. On a GPU a change made through `.data`, as where averaged weights are swapped in, does not show:
-    call `eval()` after it, which forgets, as any call with several tokens does.
+    In `eval()` without gradients, what the parameters alone decide is remembered from one step of generation to the
+    next until they change. On a GPU a change made through `.data`, as where averaged weights are swapped in, does not
+    show: call `eval()` after it, which forgets, as do `generate` and any call without a cache.
 
     Args:
         num_heads (`int`): number of attention heads; they share the hidden layers of `f`.
@@ -162,11 +162,10 @@ class FirePositionBias(PositionBias):
         return isinstance(self.mlp, nn.Sequential) and len(self.mlp) == 3 and isinstance(self.mlp[1], nn.ReLU)
 
     def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
-        # One token after the other: what is the same for all of them is worked out once.
-        one_token = positions.absolute.shape[1] == 1
-        memory = self.memory if one_token and self.may_remember() else None
-        if not one_token:
-            self.memory.clear()
+        # One step after the other: what is the same for all of them is worked out once.
+        if positions.key.shape[1] == positions.absolute.shape[1]:
+            self.memory.clear()  # a text begins, maybe with other parameters
+        memory = self.memory if self.may_remember() else None
         if memory is None:
             constants = self.constants(dtype)
         else:
@@ -185,7 +184,8 @@ class FirePositionBias(PositionBias):
             beyond = 1 / (psi(torch.maximum(absolute, length), c, self.transform) + self.eps)
             row_scale = torch.where(shared, scale, beyond)
         table = None
-        if memory is not None and absolute.device.type == "cpu" and bool(shared.any()):
+        one_token = absolute.shape[1] == 1
+        if memory is not None and one_token and absolute.device.type == "cpu" and bool(shared.any()):
             table = memory.get("table")
             if table is None or table.shape[1] < positions.key.shape[1]:
                 # Room for twice as many keys before it has to be computed again.

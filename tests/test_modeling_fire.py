@@ -23,6 +23,7 @@ from modeling_fire import (
     FireForSequenceClassification,
     FireForTokenClassification,
     FireModel,
+    FirePositionBias,
     attention_fire,
 )
 
@@ -296,6 +297,21 @@ def test_prefix_reuse_and_cropping():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
+def test_the_bias_is_prepared_once_for_all_steps(options):
+    model, ids = tiny_model(), random_ids(1, 9)
+    model.generate(ids, **GREEDY, **options)
+    biases = [layer.self_attn.position_bias for layer in model.model.layers]
+    kept = [bias.memory["constants"] for bias in biases]
+    with mock.patch.object(
+        FirePositionBias, "constants", autospec=True, side_effect=FirePositionBias.constants
+    ) as work:
+        model.generate(ids, **GREEDY, **options)
+    assert work.call_count == len(biases)
+    assert all(bias.memory["constants"] is not before for bias, before in zip(biases, kept, strict=True))
+
+
+@torch.no_grad()
 def test_continuous_batching():
     model = tiny_model()
     prompts = [random_ids(n, seed=n).tolist() for n in (5, 9, 13)]
@@ -307,9 +323,14 @@ def test_continuous_batching():
         with pytest.raises(ValueError, match="would drop the position bias"):
             model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
         return
-    with mock.patch.object(attention_fire, "fused_attention", wraps=attention_fire.fused_attention) as fused:
+    fuse, prepare = attention_fire.fused_attention, FirePositionBias.constants
+    with (
+        mock.patch.object(attention_fire, "fused_attention", wraps=fuse) as fused,
+        mock.patch.object(FirePositionBias, "constants", autospec=True, side_effect=prepare) as work,
+    ):
         outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
-    assert fused.called
+    layers = model.config.num_hidden_layers
+    assert fused.call_count > 2 * layers and work.call_count <= 2 * layers
     assert model.config._attn_implementation == "fire"
     by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     assert [by_prompt[tuple(p)] for p in prompts] == expected

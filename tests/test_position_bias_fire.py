@@ -424,6 +424,8 @@ def test_what_inference_remembers_follows_the_parameters():
         return [*found.tensors, found.table]
 
     assert pieces(bias)[1] is pieces(bias)[1], "worked out once"
+    several = bias(FirePositions.arange(3, past=5), piecewise=True)
+    assert several.slope is pieces(bias)[1] and several.table is None, "also for several tokens of a step"
     for change in (
         lambda: bias.load_state_dict(other.state_dict()),
         lambda: bias.c.mul_(2),
@@ -479,6 +481,8 @@ def test_what_a_device_without_cheap_comparisons_remembers():
         bias.memory["constants"] = "kept"
     bias.c.data.mul_(2)  # shows in no version
     assert bias.may_remember() and "constants" in bias.memory
+    bias(FirePositions.arange(2, "meta"), piecewise=True)
+    assert bias.memory["constants"] != "kept", "a text that begins is read anew"
     bias.eval()
     assert "constants" not in bias.memory
     bias.to_empty(device="cpu")
@@ -497,5 +501,3 @@ def test_what_inference_remembers_is_not_saved():
     bias = FirePositionBias(2, init_L=9.0).eval()
     bias(FirePositions.arange(1, past=5), piecewise=True)
     assert bias.memory and not copy.deepcopy(bias).memory
-    bias(FirePositions.arange(2), piecewise=True)
-    assert not bias.memory, "several tokens at once may belong to another state of the model"
