@@ -213,6 +213,11 @@ def can_fuse(
     return positions.first is not None and not (dropout and module.training) and backend_name(query) != "none"
 
 
+def is_autocast_enabled(device: torch.device) -> bool:
+    """PyTorch's, which does not know of "meta", where one counts operations or memory."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def fire_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -242,7 +247,7 @@ def fire_attention_forward(
     if kwargs.get("output_attentions"):
         logger.warning_once("`output_attentions=True` needs `attn_implementation='eager'`: 'fire' has no attentions.")
     bias = piecewise_bias(module, position_bias, positions, query)
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast_enabled(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return fused_attention(query, key, value, bias, positions, scaling).transpose(1, 2), None
@@ -317,7 +322,7 @@ def fire_attention(
     queries, keys = query.shape[2], key.shape[2]
     if key.shape != value.shape or key.shape[::3] != query.shape[::3]:
         raise ValueError(f"Shapes do not fit: query {query.shape}, key {key.shape}, value {value.shape}.")
-    if not torch.is_autocast_enabled(query.device.type) and not query.dtype == key.dtype == value.dtype:
+    if not is_autocast_enabled(query.device) and not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"Types differ: query {query.dtype}, key {key.dtype}, value {value.dtype}.")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key-value heads.")

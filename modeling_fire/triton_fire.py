@@ -72,8 +72,9 @@ BLOCKS_32 = {
     ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1)),
     ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 32, 8, 1)),
 }
-# Up to this many queries, the keys are split between programs instead.
-DECODE_QUERIES = 4
+# Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are many
+# keys for each: those of guessed tokens, or of the requests of continuous batching, each of which sees few of the keys.
+DECODE_QUERIES, MAX_DECODE_QUERIES, KEYS_PER_QUERY = 4, 256, 512
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -220,7 +221,7 @@ def forward(
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     rows = Rows.of(bias, positions)
     with torch.cuda.device_of(query):
-        if num_queries <= DECODE_QUERIES:
+        if decodes(num_queries, key.shape[2]):
             decode(query, key, value, bias, positions, rows, scaling, output, lse)
             return output, lse
         blocks = block_sizes_for("forward", query)
@@ -237,6 +238,12 @@ def forward(
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with vectors of the head dimension in one piece."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def decodes(num_queries: int, num_keys: int) -> bool:
+    """Whether so many queries beside so many keys are taken one by one; see `DECODE_QUERIES`."""
+    many_keys = num_queries <= MAX_DECODE_QUERIES and num_keys >= KEYS_PER_QUERY * num_queries
+    return num_queries <= DECODE_QUERIES or many_keys
 
 
 def num_splits(programs: int, num_keys: int, columns: int, device: torch.device) -> int:
@@ -256,7 +263,7 @@ def decode(
     output: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """[`forward`] for a few queries: a program for each query and part of the keys, and one more to combine them."""
+    """[`forward`] for queries taken one by one: a program for each query and part of the keys, and one more to combine them."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads

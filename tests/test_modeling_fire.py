@@ -296,6 +296,18 @@ def test_prefix_reuse_and_cropping():
     assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), model.generate(ids, **GREEDY))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_step_reads_no_values(packed, monkeypatch):
+    """None that lies on a device, for which it would wait: on "meta" there are none."""
+    monkeypatch.setenv("FIRE_BACKEND", "cpu")  # the operator is not entered, but asked for
+    model = tiny_model(attn_implementation="fire").train().to("meta")
+    ids = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    position_ids = torch.zeros_like(ids) if packed else None
+    with mock.patch.object(attention_fire, "fused_attention", wraps=attention_fire.fused_attention) as fused:
+        model(ids, position_ids=position_ids, labels=ids).loss.backward()
+    assert fused.called and all(parameter.grad is not None for parameter in model.parameters())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}])
 def test_the_bias_is_prepared_once_for_all_steps(options):

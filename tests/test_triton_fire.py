@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers import random_ids, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import dense_attention, dense_bias, double, random_bias
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_fire.piecewise_fire import psi, psi_slope_in_c
 from modeling_fire.positions_fire import FirePositions
@@ -415,6 +417,31 @@ def test_without_gradients_of_the_bias():
         assert gradient.shape == expected.shape and (gradient == 0).all()
 
 
+class NoValues(TorchDispatchMode):
+    """Refuses operations that would wait for a GPU, to read a value from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise AssertionError(f"{func} waits for the device.")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("positions", [FirePositions.arange(20), scattered(20), FirePositions.arange(1, past=20)])
+def test_nothing_waits_for_the_device(positions, monkeypatch):
+    """Around the kernels, which are left out: their interpreter reads values all the time."""
+    for name in ("_plan_kernel", "_forward_kernel", "_decode_kernel", "_combine_kernel", "_delta_kernel"):
+        monkeypatch.setattr(triton_fire, name, mock.MagicMock())
+    for name in ("_query_gradient_kernel", "_key_gradient_kernel"):
+        monkeypatch.setattr(triton_fire, name, mock.MagicMock())
+    query, key, value, grad = random_inputs(positions, batch=2)
+    bias = random_bias(2, positions, dtype=torch.float32)
+    with NoValues():
+        output, lse = triton_fire.forward(query, key, value, bias, positions, 0.3)
+        triton_fire.backward(grad, query, key, value, output, lse, bias, positions, 0.3, True)
+    with pytest.raises(AssertionError, match="waits"), NoValues():
+        bool(lse.any())
+
+
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decoding(queries, splits, monkeypatch):
@@ -427,6 +454,18 @@ def test_decoding(queries, splits, monkeypatch):
     check(positions, bias._replace(c=torch.tensor([0.1, 0.2, 0.3, 0.4])), heads=4, kv_heads=2, batch=2)
     window = positions._replace(first=(last - 20).clamp(min=0))
     check(window, bias._replace(transform="power", row_scale=0.3 * bias.row_scale), heads=4, kv_heads=2, batch=2)
+
+
+@pytest.mark.parametrize("keys_per_query", [8, 100])
+def test_requests_side_by_side(keys_per_query, monkeypatch):
+    """Continuous batching: each query sees the keys of its own request, or it is one of several of a request."""
+    monkeypatch.setattr(triton_fire, "KEYS_PER_QUERY", keys_per_query)
+    starts, lengths = torch.tensor([[0, 30, 34, 51, 51, 60]]), torch.tensor([[30, 4, 17, 6, 9, 1]])
+    query = starts + lengths - 1
+    positions = FirePositions(lengths - 1, query, torch.arange(61)[None], starts, query + 1, consecutive=True)
+    with mock.patch.object(triton_fire, "decode", wraps=triton_fire.decode) as decode:
+        check(positions, heads=4, kv_heads=2)
+    assert decode.called == (keys_per_query == 8)
 
 
 def test_decoding_with_invisible_keys():
