@@ -1,22 +1,26 @@
 """
 Compiles every shipped configuration of the Triton kernels for given GPUs, without a GPU, and reads the machine code.
 
-    python benchmarks/offline_compile.py [--arch 80 90 100] [--kernel forward ...] [--head_dim 64 ...]
+    python benchmarks/offline_compile.py [--arch 80 90 100] [--form fire general ...] [--kernel forward ...]
 
 For each: registers, bytes of stack, accesses to it (spills) in the loop over tiles, shared memory; and how many
 instructions a lane issues for each element of a tile, of which how many are special functions, on the shortest way
-around that loop, which is the way of a tile without knots or mask. Exits with 1 if a loop over tiles spills, or a
-kernel wants more shared memory than the GPU has. Of time it says nothing: nothing is run.
+around that loop, which is the way of a tile without knots or mask. Exits with 1 if a loop over tiles spills or is not
+recognised, or a kernel wants more shared memory than the GPU has. Of time it says nothing: nothing is run.
 """
 
 import argparse
 import heapq
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,17 +53,33 @@ DATA_POINTERS = {"Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"}
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
 
 
+class Form(NamedTuple):
+    """What else a kernel is compiled for: the bias, and whether keys stand anywhere or one after the other."""
+
+    transform: str
+    knots: int
+    general: bool = False
+    c_per_head: bool = False
+
+
+FORMS = {
+    "fire": Form("log", 32),
+    "general": Form("log", 32, general=True),
+    "alibi": Form("identity", 0),
+    "kerple": Form("power", 0, c_per_head=True),
+}
+LOOPING = ("forward", "query", "key", "decode")
+
+
 class Case(NamedTuple):
     """One compilation."""
 
-    kernel: str
     arch: int
+    form: str
+    kernel: str
     dtype: str
     head_dim: int
     blocks: Blocks
-    transform: str = "log"
-    general: bool = False
-    knots: int = 32
 
 
 class Loop(NamedTuple):
@@ -78,41 +98,44 @@ class Code(NamedTuple):
     shared: int
     hot_loops: list[Loop]
 
+    @property
     def spills(self) -> int:
         """Local memory accesses in hot loops."""
         return sum(loop.body["STL"] + loop.body["LDL"] for loop in self.hot_loops)
 
 
 def shipped_cases(arch: int) -> Iterator[Case]:
-    """Every entry of the tables of block sizes, in the commonest form of the kernel; and the small kernels."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for kernel in ("forward", "query", "key", "decode"):
-            for head_dim in HEAD_DIMS:
-                yield Case(kernel, arch, name, head_dim, block_sizes(kernel, dtype, head_dim, arch // 10))
-    for kernel in ("plan", "delta", "combine"):
-        yield Case(kernel, arch, "bf16", 64, Blocks(128, 64, 4, 1))
+    """Every entry of the tables of block sizes, in every form; and the small kernels, without a loop over tiles."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for form, (name, dtype), kernel, head_dim in product(FORMS, types.items(), LOOPING, HEAD_DIMS):
+        heavy = FORMS[form].general or FORMS[form].transform == "power"
+        yield Case(arch, form, kernel, name, head_dim, block_sizes(kernel, dtype, head_dim, arch // 10, heavy))
+    for form in FORMS:
+        yield Case(arch, form, "plan", "bf16", 64, Blocks(128, 64, 4, 1))
+    for kernel in ("delta", "combine"):
+        yield Case(arch, "fire", kernel, "bf16", 64, Blocks(128, 64, 4, 1))
 
 
 def compile_case(case: Case) -> Any:
     """The kernel as Triton compiles it for bias gradients, GQA off, tensors aligned to 16 bytes."""
-    function = KERNELS[case.kernel]
+    function, form = KERNELS[case.kernel], FORMS[case.form]
     constants: dict[str, Any] = {
-        "TRANSFORM": case.transform,
-        "GENERAL": case.general,
+        "TRANSFORM": form.transform,
+        "GENERAL": form.general,
         "FAST": True,
         "BIAS_GRAD": True,
-        "C_PER_HEAD": False,
+        "C_PER_HEAD": form.c_per_head,
         "HEAD_DIM": case.head_dim,
         "ROW_BLOCK": case.blocks.rows,
         "COLUMN_BLOCK": case.blocks.columns,
         "DIM_BLOCK": power_of_two(case.head_dim),
-        "KNOT_BLOCK": power_of_two(case.knots),
-        "SEGMENT_BLOCK": power_of_two(case.knots + 1),
+        "KNOT_BLOCK": power_of_two(form.knots),
+        "SEGMENT_BLOCK": power_of_two(form.knots + 1),
         "GROUP_BLOCK": 16,
         "SPLIT_BLOCK": 64,
         "SCAN_BLOCK": 128,
     }
-    if not case.general:
+    if not form.general:
         constants |= {"KEYS": None, "VISIBLE": None}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
@@ -156,11 +179,15 @@ def hot_loops(loops: list[Loop]) -> list[Loop]:
 
 
 def find_loops(listing: str) -> list[Loop]:
-    """The loops of a listing: from the target of each backward branch to the branch."""
+    """
+    The loops of a listing: from the target of each backward branch to the branch. What comes back from behind the end
+    of the kernel, where code for rare cases is put, is no loop.
+    """
     names: list[str] = []
     targets: dict[int, str] = {}
     labels: dict[str, int] = {}
     always: set[int] = set()
+    exits: set[int] = set()
     for line in listing.splitlines():
         if place := re.match(r"\s*(\.L_x_\d+):", line):
             labels[place.group(1)] = len(names)
@@ -170,15 +197,15 @@ def find_loops(listing: str) -> list[Loop]:
             if (target := re.search(r"(\.L_x_\d+)", text)) and name.startswith("BRA"):
                 targets[len(names)] = target.group(1)
                 # A branch on a condition may name its predicate as an operand.
-                if predicate is None and not re.search(r"!?U?P\d", text):
+                if predicate is None and name != "BRA.DIV" and not re.search(r"!?U?P\d", text):
                     always.add(len(names))
             if name.startswith("EXIT") and predicate is None:
-                always.add(len(names))
+                exits.add(len(names))
             names.append(name if name.startswith("MUFU") else name.split(".")[0])
     loops = []
     for branch, label in targets.items():
-        if labels[label] < branch:
-            inside = range(labels[label], branch + 1)
+        inside = range(labels[label], branch + 1)
+        if inside and exits.isdisjoint(inside):
             way = shortest_way(labels[label], branch, targets, labels, always)
             loops.append(Loop(inside, Counter(names[i] for i in inside), Counter(names[i] for i in way)))
     return loops
@@ -208,6 +235,15 @@ def shortest_way(start: int, end: int, targets: dict[int, str], labels: dict[str
     return way
 
 
+def fault(case: Case, code: Code) -> str:
+    """What is wrong with the code, or nothing."""
+    if code.shared > SHARED_MEMORY[case.arch]:
+        return "too much shared memory"
+    if code.spills:
+        return "spills"
+    return "no loop over tiles recognised" if case.kernel in LOOPING and not code.hot_loops else ""
+
+
 def describe(case: Case, code: Code) -> str:
     """One line of the table."""
     elements = case.blocks.rows * case.blocks.columns / (32 * case.blocks.warps)
@@ -219,39 +255,45 @@ def describe(case: Case, code: Code) -> str:
         special = sum(count for name, count in way.items() if name.startswith("MUFU"))
         loops.append(f"{way.total() / elements:.1f} ({special / elements:.2f})")
     blocks = f"{case.blocks.rows}x{case.blocks.columns}"
-    return (
-        f"sm_{case.arch:<4} {case.kernel:8} {case.dtype:5} {case.head_dim:>4} {blocks:>8} {case.blocks.warps:>3}"
-        f" {case.blocks.stages:>3} {code.registers:>5} {code.stack:>6} {code.spills():>6} {code.shared:>7}  "
-        + ", ".join(loops)
+    line = (
+        f"sm_{case.arch:<4} {case.form:8} {case.kernel:8} {case.dtype:5} {case.head_dim:>4} {blocks:>8}"
+        f" {case.blocks.warps:>3} {case.blocks.stages:>3} {code.registers:>5} {code.stack:>6} {code.spills:>6}"
+        f" {code.shared:>7}  " + ", ".join(loops)
     )
+    return line + (f"  <-- {wrong}" if (wrong := fault(case, code)) else "")
 
 
 HEADER = (
-    "arch    kernel   dtype  dim     tile   w  st  regs  stack spills  shared"
+    "arch    form     kernel   dtype  dim     tile   w  st  regs  stack spills  shared"
     "  instructions an element (special functions)"
 )
+
+
+def examine(case: Case) -> tuple[str, bool]:
+    """The line of a case, and whether it will do."""
+    code = read_code(compile_case(case))
+    return describe(case, code), not fault(case, code)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--form", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS))
-    parser.add_argument("--head_dim", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--head_dim", type=int, nargs="+", default=list(HEAD_DIMS))
+    parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], help="bf16, fp16 (the same code), fp32")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
     print(HEADER)
-    bad = 0
-    for arch in options.arch:
-        for case in shipped_cases(arch):
-            if case.kernel not in options.kernel or case.head_dim not in options.head_dim:
-                continue
-            if case.dtype not in options.dtype:
-                continue
-            code = read_code(compile_case(case))
-            wrong = code.spills() > 0 or code.shared > SHARED_MEMORY[arch]
-            bad += wrong
-            print(describe(case, code) + ("  <-- does not fit" if wrong else ""), flush=True)
-    return int(bad > 0)
+    cases = [case for arch in options.arch for case in shipped_cases(arch)]
+    for field in ("form", "kernel", "head_dim", "dtype"):
+        cases = [case for case in cases if getattr(case, field) in getattr(options, field)]
+    good = True
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for line, fits in pool.map(examine, cases):
+            print(line, flush=True)
+            good &= fits
+    return int(not good)
 
 
 if __name__ == "__main__":

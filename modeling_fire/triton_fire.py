@@ -68,12 +68,16 @@ BLOCKS_16 = {
 # With float32 inputs, whose products are computed in full precision, without tensor cores:
 BLOCKS_32 = {
     ("forward", 8): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
-    ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(16, 16, 8, 2)),
+    ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(16, 16, 8, 2)),
     ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1)),
-    ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 32, 8, 1)),
+    ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 32, 8, 2)),
 }
-# Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are many
-# keys for each: those of guessed tokens, or of the requests of continuous batching, each of which sees few of the keys.
+# With 16 bits, where keys stand anywhere or `psi` is a power, which take more registers:
+BLOCKS_16_HEAVY = {
+    ("query", 9): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 16, 8, 2)),
+}
+# Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are
+# many keys for each: queries of guessed tokens, or of the requests of continuous batching, which each see few of them.
 DECODE_QUERIES, MAX_DECODE_QUERIES, KEYS_PER_QUERY = 4, 256, 512
 
 
@@ -82,17 +86,18 @@ def power_of_two(number: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(number))
 
 
-def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> Blocks:
-    """The tile sizes of a kernel on GPUs of a major compute capability."""
-    table = BLOCKS_32 if dtype == torch.float32 else BLOCKS_16
+def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int, heavy: bool = False) -> Blocks:
+    """The tile sizes of a kernel on GPUs of a major compute capability; `heavy` as for `BLOCKS_16_HEAVY`."""
+    table = BLOCKS_32 if dtype == torch.float32 else BLOCKS_16 | (BLOCKS_16_HEAVY if heavy else {})
     sizes = table.get((kernel, capability), table[kernel, 8])
     return next(blocks for blocks, largest in zip(sizes, HEAD_DIMS, strict=True) if head_dim <= largest)
 
 
-def block_sizes_for(kernel: str, query: torch.Tensor) -> Blocks:
-    """[`block_sizes`] for the type, head dimension and device of `query`."""
+def block_sizes_for(kernel: str, query: torch.Tensor, bias: PiecewiseBias, positions: FirePositions) -> Blocks:
+    """[`block_sizes`] for the type, head dimension and device of `query`, and what else makes the kernel."""
     capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 8
-    return block_sizes(kernel, query.dtype, query.shape[-1], capability)
+    heavy = bias.transform == "power" or not positions.consecutive
+    return block_sizes(kernel, query.dtype, query.shape[-1], capability, heavy)
 
 
 def score_tolerance(query: torch.Tensor) -> float:
@@ -224,7 +229,7 @@ def forward(
         if decodes(num_queries, key.shape[2]):
             decode(query, key, value, bias, positions, rows, scaling, output, lse)
             return output, lse
-        blocks = block_sizes_for("forward", query)
+        blocks = block_sizes_for("forward", query, bias, positions)
         plan = make_plan(query, key, bias, rows, blocks, not positions.consecutive)
         _forward_kernel[(plan.blocks, batch * heads)](
             query, key, value, output, lse, *plan.tensors, *tables(rows), scaling, *strides(query, key, value, output),
@@ -263,11 +268,11 @@ def decode(
     output: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """[`forward`] for queries taken one by one: a program for each query and part of the keys, and one more to combine them."""
+    """[`forward`] for queries taken one by one: a program for each and a part of the keys, and one to combine them."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    blocks = block_sizes_for("decode", query)
+    blocks = block_sizes_for("decode", query, bias, positions)
     programs = batch * kv_heads * num_queries
     splits = num_splits(programs, key.shape[2], blocks.columns, query.device)
     group_block, dim_block = power_of_two(group), power_of_two(head_dim)
@@ -310,7 +315,7 @@ def backward(
     dq, dk, dv = dense_rows(dq), dense_rows(dk), dense_rows(dv)
     query, key, value, grad_output = dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(grad_output)
     rows = Rows.of(bias, positions)
-    by_query, by_key = block_sizes_for("query", query), block_sizes_for("key", query)
+    by_query, by_key = (block_sizes_for(kernel, query, bias, positions) for kernel in ("query", "key"))
     segments = rows.slope.shape[1]
     segment_block = power_of_two(segments)
     row_blocks = triton.cdiv(num_queries, by_query.rows)
