@@ -173,7 +173,7 @@ def read_code(compiled: Any) -> Code:
 def hot_loops(loops: list[Loop]) -> list[Loop]:
     """The innermost loops with both products of attention; on CUDA cores (float32), with many multiply-adds."""
     hot = [loop for loop in loops if sum(loop.body[name] for name in MATRIX_INSTRUCTIONS) > 1]
-    hot = hot or [loop for loop in loops if loop.shortest["FFMA"] > 100]
+    hot = hot or [loop for loop in loops if loop.shortest["FFMA"] + 2 * loop.shortest["FFMA2"] > 100]
     hot = [loop for loop in hot if loop.shortest]
     return [loop for loop in hot if not any(set(other.place) < set(loop.place) for other in hot)]
 

@@ -32,7 +32,7 @@ from .base_bias_fire import PositionBias
 from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
 from .position_bias_fire import FirePositionBias, build_position_bias
-from .positions_fire import FirePositions, paged_positions, token_positions
+from .positions_fire import FirePositions, has_padding, paged_positions, token_positions
 
 
 try:
@@ -395,9 +395,16 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
-        """The padding mask as it is: `forward` makes positions of it, which one of 4 dimensions does not tell."""
-        return attention_mask
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
+    ) -> torch.Tensor | None:
+        """
+        The padding mask for a static cache, of 2 dimensions, of which `forward` makes positions: as long as the cache,
+        so that a compiled `forward` meets one shape, and none where nothing is hidden, which it could not tell.
+        """
+        if attention_mask is None or not has_padding(attention_mask):
+            return None
+        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):

@@ -75,6 +75,7 @@ BLOCKS_32 = {
 # With 16 bits, where keys stand anywhere or `psi` is a power, which take more registers:
 BLOCKS_16_HEAVY = {
     ("query", 9): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 16, 8, 2)),
+    ("decode", 10): (Blocks(1, 128, 4, 3), Blocks(1, 128, 4, 3), Blocks(1, 64, 4, 3), Blocks(1, 64, 8, 2)),
 }
 # Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are
 # many keys for each: queries of guessed tokens, or of the requests of continuous batching, which each see few of them.

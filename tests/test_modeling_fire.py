@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from transformers import (
+    CompileConfig,
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
@@ -357,6 +358,26 @@ def test_a_static_cache_knows_of_gaps(attn_implementation):
     mask[0, 5:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
     assert torch.equal(model.generate(**inputs, cache_implementation="static"), model.generate(**inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [0, 4])
+def test_generation_with_a_static_cache_compiles_once(padding):
+    """As `generate` does by itself on a GPU: one graph serves every token, and knows of no mask if there is none."""
+    model, ids = tiny_model(), random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with mock.patch.object(FireModel, "forward", autospec=True, side_effect=FireModel.forward) as forward:
+        model.generate(**inputs, cache_implementation="static")
+    assert all((call.kwargs["attention_mask"] is None) == (not padding) for call in forward.call_args_list)
+    found = model.generate(**inputs, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, model.generate(**inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="its paged SDPA takes no bias")

@@ -219,7 +219,7 @@ def test_shipped_tiles(dtype, head_dim, capability, monkeypatch):
     blocks = {
         kernel: triton_fire.block_sizes(kernel, dtype, head_dim, capability) for kernel in ("forward", "query", "key")
     }
-    monkeypatch.setattr(triton_fire, "block_sizes_for", lambda *arguments: blocks[kernel])
+    monkeypatch.setattr(triton_fire, "block_sizes_for", lambda kernel, *arguments: blocks[kernel])
     positions = FirePositions.arange(140, past=9)
     bias = random_bias(1, positions, dtype=torch.float32)
     inputs = random_inputs(positions, heads=1, head_dim=head_dim, dtype=dtype)
