@@ -4,7 +4,8 @@ A whole FIRE model beside LLaMA of the same shape: `make bench-model`, or e.g.
     python benchmarks/model.py --lengths 1024 2048 --contexts 1024 8192 --out benchmarks/results/cpu
 
 Training: tokens a second and peak memory of forward and backward. Generation: tokens a second after a context of so
-many tokens, one token at a time with a dynamic cache. The peers run in turns in one process.
+many tokens, one token at a time with a dynamic cache, and the peak memory beside that cache. The peers run in turns in
+one process.
 """
 
 import argparse
@@ -69,11 +70,12 @@ def measure_training(models: dict, length: int, args) -> list[dict]:
 def measure_decoding(models: dict, context: int, args) -> list[dict]:
     ids = torch.randint(args.vocab, (args.batch, context), device=args.device)
     functions = {name: decoding(model.eval(), ids, args.new_tokens) for name, model in models.items()}
+    memory = {name: measure.peak_memory(function, args.device) for name, function in functions.items()}
     times = measure.interleaved(functions, args.device, args.seconds)
-    return [row(name, "generation", context, times, args.batch * args.new_tokens) for name in models]
+    return [row(name, "generation", context, times, args.batch * args.new_tokens, memory[name]) for name in models]
 
 
-def row(name: str, kind: str, length: int, times: dict, tokens: int, memory: float | None = None) -> dict:
+def row(name: str, kind: str, length: int, times: dict, tokens: int, memory: float) -> dict:
     return {
         "model": name,
         "kind": kind,
@@ -87,9 +89,8 @@ def row(name: str, kind: str, length: int, times: dict, tokens: int, memory: flo
 def print_table(rows: list[dict]) -> None:
     print(f"\n{rows[0]['kind']}: tokens/s, time as a multiple of {BASE}, peak MiB")
     for entry in rows:
-        memory = "" if entry["MiB"] is None else f"{entry['MiB']:10.0f} MiB"
         speed = f"{entry['tokens_per_second']:12.1f} tokens/s {entry['ratio']:8.2f}x"
-        print(f"{entry['length']:8} {entry['model']:28}{speed}{memory}")
+        print(f"{entry['length']:8} {entry['model']:28}{speed}{entry['MiB']:10.0f} MiB")
 
 
 def main() -> None:
