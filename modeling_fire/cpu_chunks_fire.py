@@ -66,7 +66,7 @@ class BiasGradient:
     def total(self) -> tuple[torch.Tensor, ...]:
         """The gradients of `slope`, `offset`, `c` and `row_scale`."""
         if self.shared is not None:
-            self.shared.add_gradient(self, slice(None), self.shared.sums)
+            self.shared.add_gradient(self, slice(None), self.shared.sums, self.shared.item)
         return self.slope, self.offset, self.c, self.row_scale
 
 
@@ -127,7 +127,7 @@ class Table:
     Args:
         call ([`Call`]): with the distances.
         columns (`slice`): which of them.
-        item, row (`int`): a row with that scale, which takes the gradient for all of them.
+        item, row (`int`): a row with that scale, which takes the gradient for all that share it.
     """
 
     def __init__(self, call: Call, columns: slice, item: int, row: int):
@@ -151,13 +151,13 @@ class Table:
         """Sums of dS by distance, `(heads, distances)`, of all chunks."""
         return torch.zeros_like(self.values, dtype=torch.float64)
 
-    def add_gradient(self, gradient: BiasGradient, heads: slice, sums: torch.Tensor) -> None:
-        """`sums` of dS by distance, `(len(heads), distances)`."""
+    def add_gradient(self, gradient: BiasGradient, heads: slice, sums: torch.Tensor, item: int) -> None:
+        """`sums` of dS by distance, `(len(heads), distances)`, of an item of the batch with that scale."""
         gradient.add(heads, self.segments, sums, sums * of_heads(self.x, heads))
         sums = sums * pick(self.call.bias.slope[heads], of_heads(self.segments, heads))
         psi, psi_slope = (of_heads(t[:, self.columns], heads) for t in (self.call.psi, self.call.psi_slope))
         gradient.add_c(heads, sums * psi_slope * self.row_scale)
-        gradient.add_rows(self.item, slice(self.row, self.row + 1), (sums * psi).sum()[None])
+        gradient.add_rows(item, slice(self.row, self.row + 1), (sums * psi).sum()[None])
 
 
 class Chunk:
@@ -239,7 +239,7 @@ class SingleChunk(Chunk):
         torch.sub(self.bias(heads), lse, out=block)
 
     def add_gradient(self, gradient: BiasGradient, block: torch.Tensor, heads: slice, item: int) -> None:
-        self.table.add_gradient(gradient, heads, block[:, 0])
+        self.table.add_gradient(gradient, heads, block[:, 0], item)
 
 
 class ScaledChunk(Chunk):

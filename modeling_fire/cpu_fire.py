@@ -15,12 +15,16 @@ from .positions_fire import FirePositions
 
 
 # Rows of a chunk. More of them waste more of the blocks on the diagonal, fewer make the matrix products slower.
-FORWARD_ROWS = 192
-BACKWARD_ROWS = 128
+ROWS = 192
 # Scores held at a time, unless a chunk of one head has more: they should stay in the cache.
 MAX_SCORES = 2**20
 # The backward pass works with powers of two: on a CPU they are several times as fast as those of e.
 LOG2_E = math.log2(math.e)
+# Numbers below the smallest normal one make Intel's CPUs many times slower. Products with the weights of keys that the
+# bias all but hides would be such numbers. So values are raised by a power of two in the forward pass, unless it is for
+# a few queries, and in the backward pass weights are 0 from so many powers of two above that number on down.
+LIFT, LIFT_QUERIES = 2.0**24, 32
+ROOM = 38
 
 
 def forward(
@@ -49,11 +53,14 @@ def forward(
     groups = num_heads // key.shape[1]
     # PyTorch's kernel takes the entries of a vector for neighbours in memory, without looking at their stride.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    lifted = num_queries >= LIFT_QUERIES and query.dtype in (torch.float32, torch.bfloat16)
+    if lifted:
+        value = value * LIFT
     bias = working_bias(bias, query)
     output = query.new_zeros(batch, num_queries, num_heads, head_dim).transpose(1, 2)
     lse = bias.slope.new_full((batch, num_heads, num_queries), -torch.inf)
     scratch = Scratch(bias.slope)
-    for chunk in Call(bias, positions, batch, key.shape[2], FORWARD_ROWS).chunks():
+    for chunk in Call(bias, positions, batch, key.shape[2], ROWS).chunks():
         items, rows, keys = slice(chunk.items.start, chunk.items.stop), chunk.rows, chunk.keys
         for heads in head_slices(num_heads, groups, 0 if chunk.is_view else chunk.scores):
             kv = kv_heads(heads, groups)
@@ -62,7 +69,7 @@ def forward(
             if chunk.blind is not None:
                 result, sums = result.masked_fill(chunk.blind[:, None], 0), sums.masked_fill(chunk.blind, -torch.inf)
             output[items, heads, rows], lse[items, heads, rows] = result, sums
-    return output, lse
+    return output.mul_(1 / LIFT) if lifted else output, lse
 
 
 def attend(
@@ -116,8 +123,9 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf).mul_(LOG2_E)[..., None]
     grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
     probabilities, grad_scores = Scratch(query), Scratch(query)
+    faint = math.log2(torch.finfo(dtype).tiny) + ROOM
 
-    for chunk in Call(bias, positions, batch, key.shape[2], BACKWARD_ROWS, unit=LOG2_E).chunks():
+    for chunk in Call(bias, positions, batch, key.shape[2], ROWS, unit=LOG2_E).chunks():
         rows, keys, width = chunk.rows, chunk.keys, chunk.num_keys
         for item, heads in product(chunk.items, head_slices(num_heads, groups, 2 * chunk.num_rows * width)):
             # The rows of all query heads that share a kv head are rows of one product.
@@ -130,7 +138,7 @@ def backward(
             block = probabilities.block(shape)
             chunk.fill(block, heads, row_lse)
             p = block.view(num_kv, -1, chunk.pitch)[..., :width]
-            p.baddbmm_(q, k.mT).exp2_()
+            torch.threshold_(p.baddbmm_(q, k.mT), faint, -torch.inf).exp2_()
             grad_value[item, kv, keys].baddbmm_(p.mT, g)
 
             block = grad_scores.block(shape)
