@@ -21,8 +21,8 @@ MAX_SCORES = 2**20
 # The backward pass works with powers of two: on a CPU they are several times as fast as those of e.
 LOG2_E = math.log2(math.e)
 # Numbers below the smallest normal one make Intel's CPUs many times slower. Products with the weights of keys that the
-# bias all but hides would be such numbers. So values are raised by a power of two in the forward pass, unless it is for
-# a few queries, and in the backward pass weights are 0 from so many powers of two above that number on down.
+# bias all but hides would be such numbers. So values are raised by a power of two in the forward pass, unless it is
+# for a few queries, and in the backward pass weights are 0 from so many powers of two above that number on down.
 LIFT, LIFT_QUERIES = 2.0**24, 32
 ROOM = 38
 
