@@ -296,10 +296,9 @@ class ScaledChunk(Chunk):
         if lse is not None:
             bias.sub_(lse)
         if self.runs:
-            correction = (self.jump[heads] * self.call.unit)[:, None] * self.lift
-            diagonals = skewed(block)
+            jump, diagonals = (self.jump[heads] * self.call.unit)[:, None], skewed(block)
             for start, a, b in self.runs:
-                diagonals[..., start : start + b - a] += correction[..., a:b]
+                diagonals[..., start : start + b - a].addcmul_(jump[..., a:b], self.lift[:, a:b])
 
     def add_gradient(self, gradient: BiasGradient, block: torch.Tensor, heads: slice, item: int) -> None:
         diagonals, columns = skewed(block), slice(0, self.pitch - 1)
