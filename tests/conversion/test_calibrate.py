@@ -102,12 +102,13 @@ def test_fit_brings_the_attention_nearer(kept, name, keep_fast):
 
 @torch.no_grad()
 def test_fit_leaves_alone_what_no_rotation_turned(kept):
-    attention, original, inputs, (cos, sin), positions = layer_problem(kept(checkpoints.llama()))
+    """In float64: what rounding leaves of a gradient the small ridge turns into a thousand times as much of a weight."""
+    attention, original, inputs, (cos, sin), positions = layer_problem(kept(checkpoints.llama()).double())
     still = torch.ones_like(cos), torch.zeros_like(sin)
-    assert fit(attention, inputs, still, None, positions).max() < 1e-6
-    assert fit(attention, inputs, (cos, sin), (cos, sin), positions).max() < 1e-6
-    torch.testing.assert_close(attention.q_proj.weight, original.q_proj.weight, atol=1e-6, rtol=1e-5)
-    assert attention.position_bias.mlp[2].weight.abs().max() < 1e-6
+    assert fit(attention, inputs, still, None, positions).max() < 1e-12
+    assert fit(attention, inputs, (cos, sin), (cos, sin), positions).max() < 1e-12
+    torch.testing.assert_close(attention.q_proj.weight, original.q_proj.weight, atol=1e-10, rtol=0)
+    assert attention.position_bias.mlp[2].weight.abs().max() < 1e-10
 
 
 def test_newton_finds_the_minimum():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from checkpoints import ROPE, bloom, gpt_neox, llama, mistral, mpt, qwen2, qwen3
+from checkpoints import ROPE, bloom, change_config, gpt_neox, llama, ministral, mistral, mpt, qwen2, qwen3
 from helpers import random_ids
 from safetensors.torch import load_file
 from transformers import LlamaConfig
@@ -23,6 +23,7 @@ ROPES = {
     "yarn": {"factor": 4.0, **ORIGINAL},
     "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL},
 }
+SLIDING = ["full_attention", "sliding_attention"]
 ROTATING = {
     "llama": llama,
     **{
@@ -38,6 +39,8 @@ ROTATING = {
     "llama, another epsilon": lambda: llama(rms_norm_eps=1e-2),
     "mistral": mistral,
     "mistral, a window that hides nothing": lambda: mistral(sliding_window=32),
+    "ministral": ministral,
+    "ministral, a window that hides nothing in some layers": lambda: ministral(sliding_window=32, layer_types=SLIDING),
     "qwen2": qwen2,
     "qwen2, tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen2, a window that is not used": lambda: qwen2(sliding_window=4),
@@ -164,11 +167,30 @@ def test_the_length_that_an_older_bloom_names(tmp_path):
     assert convert(tmp_path / "source", tmp_path / "out", verify=False).max_length == 64 * 512
 
 
+@pytest.mark.parametrize("layer_types", [None, ["full_attention"] * 2])
+def test_a_mistral_with_layer_types_is_a_ministral(tmp_path, monkeypatch, layer_types):
+    """So transformers reads it; here nothing is read as what has not been looked at."""
+    ministral().save_pretrained(tmp_path / "source")
+    change_config(tmp_path / "source", model_type="mistral", layer_types=layer_types)
+    result = convert(tmp_path / "source", tmp_path / "out")
+    assert result.model_type == "ministral" and result.proof.relative < 2e-6
+    monkeypatch.delitem(FAMILIES, "ministral")
+    with pytest.raises(ConversionError, match="architecture 'ministral' is not supported. Supported are llama, mist"):
+        convert(tmp_path / "source", tmp_path / "again")
+
+
 # What the model lacks is refused
 
-SLIDING = ["full_attention", "sliding_attention"]
 REFUSED = {
     "a window": (lambda: mistral(sliding_window=31), "`sliding_window=31` is not supported"),
+    "a window that only the cache of LLaMA knows": (
+        lambda: llama(sliding_window=31),
+        "`sliding_window=31` is not supported: it is no field of llama, .* Take it out of the config",
+    ),
+    "windows of Ministral": (
+        lambda: ministral(sliding_window=31, layer_types=SLIDING),
+        "`sliding_window=31` is not supported: it is shorter",
+    ),
     "windows in some layers": (
         lambda: qwen3(use_sliding_window=True, sliding_window=8, layer_types=SLIDING),
         "`sliding_window=8` is not supported",
@@ -224,7 +246,7 @@ def test_options_that_the_model_lacks_are_refused_by_name(tmp_path, build, messa
 @pytest.mark.parametrize("model_type", ["mixtral", "fire", "never-heard-of"])
 def test_other_architectures_are_refused_by_name(tmp_path, model_type):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
-    supported = "llama, mistral, qwen2, qwen3, gpt_neox, bloom, mpt"
+    supported = "llama, mistral, ministral, qwen2, qwen3, gpt_neox, bloom, mpt"
     with pytest.raises(ConversionError, match=f"'{model_type}' is not supported. Supported are {supported}"):
         convert(tmp_path, tmp_path / "out")
 
@@ -259,17 +281,18 @@ def test_options_of_the_conversion_are_checked(tmp_path, options, message):
 
 def test_the_bound_knows_how_far_rounding_goes_in_this_model(tmp_path):
     """Key biases of Qwen2 and a channel of massive activations, which rounding grows in."""
-    torch.manual_seed(0)  # such a model may also be too rough for any proof
+    torch.manual_seed(1)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 8}
     reference = qwen2(**sizes, max_position_embeddings=256)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in reference.model.layers:
-            layer.self_attn.k_proj.bias.normal_(std=50.0, generator=generator)
-            layer.mlp.down_proj.weight[7] *= 100
+            layer.self_attn.k_proj.bias.normal_(std=20.0, generator=generator)
+            layer.mlp.down_proj.weight[7] *= 30
     reference.save_pretrained(tmp_path / "source")
     proof = convert(tmp_path / "source", tmp_path / "out").proof
-    assert 1e-4 < proof.relative < proof.rounding and proof.bound == 1e-2
+    # The conversion's own error is anything from 0, on CPUs where both models compute alike, to 1e-3.
+    assert proof.relative < proof.rounding and proof.rounding > 1e-3 and proof.bound == 1e-2
 
     llama().save_pretrained(tmp_path / "usual")
     assert convert(tmp_path / "usual", tmp_path / "usual-out").proof.bound < 5e-5
