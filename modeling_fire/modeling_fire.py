@@ -415,7 +415,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         """Drops what the biases remember of earlier steps of generation."""
         for module in self.modules():
             if isinstance(module, FirePositionBias):
-                module.memory.clear()
+                module.memory = {}
 
     def init_continuous_batching(self, *args, **kwargs):
         """

@@ -89,7 +89,7 @@ class FirePositionBias(PositionBias):
         self.eps, self.transform = eps, transform
         self.progressive, self.threshold = progressive, threshold
         self.hidden_width = mlp_width
-        self.memory: dict = {}  # of inference, see `may_remember`
+        self.memory: dict = {}  # of inference, see `remembered`
         self._initial_c, self._initial_L = float(init_c), float(init_L)
 
         start_hidden, start_middle, start_output = uniform_start, uniform_start, uniform_start
@@ -164,8 +164,8 @@ class FirePositionBias(PositionBias):
     def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
         # One step after the other: what is the same for all of them is worked out once.
         if positions.key.shape[1] == positions.absolute.shape[1]:
-            self.memory.clear()  # a text begins, maybe with other parameters
-        memory = self.memory if self.may_remember() else None
+            self.memory = {}  # a text begins, maybe with other parameters
+        memory = self.remembered()
         if memory is None:
             constants = self.constants(dtype)
         else:
@@ -218,36 +218,39 @@ class FirePositionBias(PositionBias):
         scale: torch.Tensor,
     ) -> torch.Tensor:
         """The bias of the queries before `L` at the distances `size - 1, ..., 0`: `(num_heads, size)`."""
-        x = psi(torch.arange(size - 1, -1, -1, dtype=c.dtype), c, self.transform) * scale
+        x = psi(torch.arange(size - 1, -1, -1, dtype=c.dtype, device=c.device), c, self.transform) * scale
         segments = torch.bucketize(x, knots)
         return slope[:, segments] * x + offset[:, segments]
 
-    def may_remember(self) -> bool:
-        """Whether this is inference, with parameters that can be watched. Forgets what changes of them outdate."""
+    def remembered(self) -> dict | None:
+        """
+        What inference has kept of the present parameters; `None` where it is not inference, or where parameters cannot
+        be watched. Replaced whole when they change: other threads may be using what was kept.
+        """
         layers = self.mlp[0], self.mlp[2]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
+            return None
         if not all(type(layer) is Float32Linear and "weight" in layer._parameters for layer in layers):
-            return False  # an adapter, or a parametrization
+            return None  # an adapter, or a parametrization
         watched = [*self.parameters(), self.init_L]
         if any(isinstance(tensor, DTensor) or tensor.is_inference() for tensor in watched):
-            return False
+            return None
         on_cpu = watched[0].device.type == "cpu"
         state = [self.eps, self.transform, self.progressive, self.threshold, watched[0].device]
         state += [tensor.dtype for tensor in watched]
         if not on_cpu:  # a comparison of values would wait for the device
             state += [(tensor.data_ptr(), tensor._version) for tensor in watched]
-        current = self.memory.get("state") == state
+        memory = self.memory
+        current = memory.get("state") == state
         if current and on_cpu:
-            current = all(torch.equal(x, y) for x, y in zip(watched, self.memory["values"], strict=True))
+            current = all(torch.equal(x, y) for x, y in zip(watched, memory["values"], strict=True))
         if not current:
-            self.memory.clear()
-            self.memory["state"] = state
-            self.memory["values"] = [x.clone() for x in watched] if on_cpu else []
-        return True
+            memory = {"state": state, "values": [x.clone() for x in watched] if on_cpu else []}
+            self.memory = memory
+        return memory
 
     def train(self, mode: bool = True) -> "FirePositionBias":
-        self.memory.clear()  # sharded training changes values in place, without a new version
+        self.memory = {}  # sharded training changes values in place, without a new version
         return super().train(mode)
 
     def __getstate__(self) -> dict:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from types import SimpleNamespace
 
@@ -472,28 +474,49 @@ def test_what_inference_remembers_goes_by_the_types_and_options():
 def test_what_a_device_without_cheap_comparisons_remembers():
     # Not on a GPU, but told apart by the versions of the parameters all the same.
     bias = FirePositionBias(2, init_L=9.0).to("meta").eval()
-    assert bias.may_remember()
+    assert bias.remembered() is not None
     bias.memory["constants"] = "kept"
-    assert bias.may_remember() and "constants" in bias.memory
+    assert bias.remembered() is not None and "constants" in bias.memory
     for change in (lambda: bias.c.mul_(2), lambda: setattr(bias, "eps", 0.5), lambda: bias.init_L.fill_(4.0)):
         change()
-        assert bias.may_remember() and "constants" not in bias.memory
+        assert bias.remembered() is not None and "constants" not in bias.memory
         bias.memory["constants"] = "kept"
     bias.c.data.mul_(2)  # shows in no version
-    assert bias.may_remember() and "constants" in bias.memory
+    assert bias.remembered() is not None and "constants" in bias.memory
     bias(FirePositions.arange(2, "meta"), piecewise=True)
     assert bias.memory["constants"] != "kept", "a text that begins is read anew"
     bias.eval()
     assert "constants" not in bias.memory
     bias.to_empty(device="cpu")
-    assert bias.may_remember()
+    assert bias.remembered() is not None
+
+
+def test_threads_share_what_inference_remembers():
+    """Texts that begin and steps that go on, side by side, as in a server."""
+    bias = FirePositionBias(2, init_L=9.0).eval()
+    calls = FirePositions.arange(5), FirePositions.arange(1, past=5), FirePositions.arange(1, past=20)
+    with torch.no_grad():
+        expected = [bias(positions, piecewise=True).slope for positions in calls]
+
+    @torch.no_grad()
+    def work(number: int) -> bool:
+        turns = [(number + turn) % 3 for turn in range(300)]
+        return all(torch.equal(bias(calls[turn], piecewise=True).slope, expected[turn]) for turn in turns)
+
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @torch.no_grad()
 def test_the_table_of_inference_is_the_dense_bias():
-    bias = FirePositionBias(2, init_L=9.0).eval()
+    bias = FirePositionBias(2, init_L=9.0).double().eval()
     table = bias(FirePositions.arange(1, past=5), piecewise=True).table
-    torch.testing.assert_close(table[:, -6:], bias(FirePositions.arange(1, past=5))[0, :, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(table[:, -6:], bias(FirePositions.arange(1, past=5))[0, :, 0], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()

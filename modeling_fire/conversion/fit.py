@@ -16,6 +16,7 @@ mean of
 over queries of some text. Because `s` is linear in `w` and `z`, this is multinomial logistic regression.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from ..positions_fire import FirePositions
 
 # Queries of each window that take part: neighbours say much the same.
 QUERIES = 32
+# Of them, those that are worked through at a time, beside the keys that the last of them sees.
+ROWS = 8
 # Holds what the text does not decide where it starts: `w` at 0, `z` at 1.
 RIDGE = 1e-3
 MAX_ITERATIONS = 20
@@ -74,18 +77,20 @@ def fit(
     for head in range(query.shape[1]):
         shared = head // attention.num_key_value_groups
 
-        windows = []
-        for window in range(len(inputs)):
-            q, k = query[window, head], key[window, shared]
+        blocks = []
+        for window, some in product(range(len(inputs)), torch.arange(len(rows)).split(ROWS)):
+            q, k = query[window, head, some], key[window, shared]
             k = k - k.mean(0)  # shifts all scores of a query alike, which changes nothing but digits lost
+            seen = int(rows[some[-1]]) + 1
+            k, hidden = k[:seen], ahead[some, :seen]
             fixed = q[:, rotated:] @ k[:, rotated:].T
-            target = rotated_query[window, head] @ rotated_key[window, shared].T
-            features = torch.cat((hinges, *turned_products(q[:, :rotated], k[:, :rotated])), dim=-1)
-            windows.append((features, fixed.masked_fill(ahead, -torch.inf), target.masked_fill(ahead, -torch.inf)))
+            target = rotated_query[window, head, some] @ rotated_key[window, shared, :seen].T
+            features = torch.cat((hinges[some, :seen], *turned_products(q[:, :rotated], k[:, :rotated])), dim=-1)
+            blocks.append((features, fixed.masked_fill(hidden, -torch.inf), target.masked_fill(hidden, -torch.inf)))
 
         start = torch.zeros(hinges.shape[-1] + rotated, dtype=torch.float64, device=inputs.device)
         start[hinges.shape[-1] : hinges.shape[-1] + rotated // 2] = 1.0
-        parameters, divergence = minimise(windows, start)
+        parameters, divergence = minimise(blocks, start)
         divergences.append(divergence)
         weight, z = parameters.split((hinges.shape[-1], rotated))
         bias.mlp[2].weight[head] = weight / scale
@@ -122,26 +127,26 @@ def turn_queries(attention: FireAttention, head: int, real: torch.Tensor, imagin
 
 
 def minimise(
-    windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], start: torch.Tensor
+    blocks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], start: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Newton's method, damped where a full step goes too far.
 
     Args:
-        windows (`list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]`):
-            For each window the features, of shape `(rows, keys, parameters)`; the scores that do not depend on the
-            parameters, and those of the target, of shape `(rows, keys)`. A key that is not seen has `-inf`.
+        blocks (`list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]`):
+            For some queries each the features, of shape `(rows, keys, parameters)`; the scores that do not depend on
+            the parameters, and those of the target, of shape `(rows, keys)`. A key that is not seen has `-inf`.
         start (`torch.Tensor` of shape `(parameters,)`): float64.
 
     Returns:
         The parameters, and the mean divergence there.
     """
-    terms = len(windows) * len(windows[0][0])
+    terms = sum(len(features) for features, _, _ in blocks)
 
     def evaluate(parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         divergence, gradient = start.new_zeros(()), torch.zeros_like(start)
         hessian = start.new_zeros(len(start), len(start))
-        for features, fixed, target in windows:
+        for features, fixed, target in blocks:
             log_p = (features @ parameters.to(features.dtype) + fixed).log_softmax(-1)
             p, wanted = log_p.exp(), target.softmax(-1)
             per_key = torch.where(wanted > 0, wanted * (target.log_softmax(-1) - log_p), 0.0)
