@@ -28,6 +28,15 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def refuse_idle(context: typer.Context, names: tuple[str, ...], missing: str) -> None:
+    """Refuses options that were given although they do nothing without another."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            option = "/".join((*parameter.opts, *parameter.secondary_opts))
+            raise typer.BadParameter(f"`{option}` does nothing without `{missing}`.")
+
+
 class Dtype(str, Enum):
     auto = "auto"
     float32 = "float32"
@@ -42,6 +51,7 @@ class Rotation(str, Enum):
 
 @app.command()
 def convert(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write. It appears when all is done.")],
     rotation: Annotated[
@@ -78,7 +88,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model that is in OUT.")] = False,
 ) -> None:
     """
-    Turn a LLaMA, Mistral, Qwen2, Qwen3, GPT-NeoX, BLOOM or MPT checkpoint into FIRE.
+    Turn a LLaMA, Mistral, Ministral, Qwen2, Qwen3, GPT-NeoX, BLOOM or MPT checkpoint into FIRE.
 
     Weights are streamed from shard to shard; the proof loads the original and then the converted model in float32, and
     the calibration the converted one, on a GPU if there is one.
@@ -90,6 +100,10 @@ def convert(
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained("smollm2-fire", trust_remote_code=True)
     """
+    if calibrate is None:
+        refuse_idle(context, ("calibration_tokens", "align", "seed"), "--calibrate")
+    if not verify:
+        refuse_idle(context, ("prompt",), "--verify")
     with one_line_errors():
         options = None
         if calibrate is not None:

@@ -95,6 +95,22 @@ def test_wrong_options_are_refused(source, tmp_path, wrong):
     assert result.exit_code == 2 and wrong[0] in result.output
 
 
+@pytest.mark.parametrize(
+    ("option", "idle", "missing"),
+    [
+        ("--calibration-tokens", ("--calibration-tokens", "64"), "--calibrate"),
+        ("--align/--no-align", ("--align",), "--calibrate"),
+        ("--align/--no-align", ("--no-align",), "--calibrate"),
+        ("--seed", ("--seed", "0"), "--calibrate"),
+        ("--prompt", ("--no-verify", "--prompt", "A fire"), "--verify"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(source, tmp_path, option, idle, missing):
+    result = fire("convert", source, tmp_path / "out", *idle)
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert f"`{option}` does nothing without `{missing}`" in result.output
+
+
 @pytest.fixture
 def models(tmp_path):
     """A FIRE and a LLaMA model in a folder with a text."""

@@ -8,6 +8,7 @@ models.
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,8 +31,8 @@ from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mpt import MPT
 from .proof import Proof, prompt_ids, prove
-from .source import Source
-from .weights import Shard, WeightMap, bias_weights, read, write_shards
+from .source import LICENCE_FILES, Source
+from .weights import Shard, WeightMap, bias_weights, write_shards
 
 
 FAMILIES = {model_type: family for family in (LLAMA, GPT_NEOX, BLOOM, MPT) for model_type in family.model_types}
@@ -88,8 +89,9 @@ def convert(
 
     Weights are streamed: memory holds about one shard, until the proof, which loads first the original and then the
     converted model in float32, and the calibration, which loads the converted one. `out` appears when all is done, and
-    not at all if anything fails; a run that is killed leaves a folder `out.partial-...` beside it, which may go. What
-    others put at `out` meanwhile stays, and the conversion is left in a folder `out.finished-...`.
+    not at all if anything fails; a run that is killed leaves a folder `out.partial-...` beside it, which may go. If
+    only the last step fails, as others put something at `out` meanwhile, what is there stays, and the conversion is
+    left in a folder `out.finished-...`.
 
     Args:
         source (`str` or `Path`): folder or Hub id of the original.
@@ -114,7 +116,7 @@ def convert(
 
     Raises:
         [`ConversionError`]: for an architecture, an option or files that cannot be converted (before anything is
-            written), and if the proof fails, the disk is full, or `out` is taken in the end.
+            written), and if the proof fails, the disk is full, or the result cannot be put at `out` in the end.
     """
     from ..cards import Base, write_card  # which import this package
 
@@ -137,7 +139,7 @@ def convert(
     weight_map.check(shards)
     if model.config.dtype is None:
         # Loading would go by the first tensor it meets, and that is one of the float32 bias.
-        model.config.dtype = next(tensor.dtype for _, tensor in read(shards[0]))
+        model.config.dtype = next(tensor.dtype for _, tensor in weight_map.convert_all(shards))
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with writing(), tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as partial:
@@ -167,20 +169,40 @@ def convert(
         )
         (staging / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
         write_card(staging, base=Base(original.name, original.on_hub, original.folder))
-        try:
-            check_out(out, source, overwrite)  # once more: this may have taken hours
-        except ConversionError as error:
-            finished = Path(tempfile.mkdtemp(prefix=f"{out.name}.finished-", dir=out.parent)) / out.name
-            staging.rename(finished)
-            raise ConversionError(f"{error} The finished conversion is {finished}.") from error
-        if out.exists():
-            out.rename(Path(partial) / "replaced")
-        staging.rename(out)
+        # What is finished is no longer temporary: with this name it stays, whatever happens.
+        finished = Path(partial).rename(f"{out}.finished-{partial.rpartition('-')[2]}")
+    publish(finished / out.name, out, source, overwrite)
     return record
+
+
+def publish(finished: Path, out: Path, source: str | Path, overwrite: bool) -> None:
+    """
+    Puts what is finished, alone in a folder, at `out`, and removes that folder. If that fails, what is at `out` stays
+    there, and what is finished where it is, as the [`ConversionError`] says.
+    """
+    replaced = finished.with_name(f"{out.name}.replaced")
+    try:
+        check_out(out, source, overwrite)  # once more: the work may have taken hours
+        if out.exists():
+            out.rename(replaced)
+        finished.rename(out)
+    except BaseException as error:  # an interrupt, too
+        if not finished.exists():  # it is at `out`
+            raise
+        if replaced.exists():
+            replaced.rename(out)
+        problem = str(error).rstrip(".") or "Interrupted"
+        raise ConversionError(f"{problem}. The finished conversion is {finished}.") from error
+    shutil.rmtree(finished.parent, ignore_errors=True)
 
 
 def check_out(out: Path, source: str | Path, overwrite: bool) -> None:
     """Raises [`ConversionError`] unless `out` may be written to, which takes more than a word where files are lost."""
+    if os.path.ismount(out):
+        raise ConversionError(f"{out} is a mount point, which nothing can be renamed to: name a folder inside it.")
+    parent = next(folder for folder in out.parents if os.path.exists(folder))  # not Path's: it may raise an error
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConversionError(f"{out} cannot be made: {parent} is no folder that may be written to.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
@@ -196,13 +218,19 @@ def read_config(source: Source) -> PreTrainedConfig:
     stored = source.config_dict()
     if "model_type" not in stored:
         raise ConversionError(f"{source.name} has no {CONFIG_NAME} that names a `model_type`.")
-    if stored["model_type"] not in FAMILIES:
-        raise ConversionError(
-            f"The architecture {stored['model_type']!r} is not supported. Supported are {', '.join(FAMILIES)}."
-        )
+    refuse_unknown(stored["model_type"])
     if stored.get("quantization_config") is not None:
         raise ConversionError("`quantization_config` is not supported: convert the weights it was made from.")
-    return source.config()
+    config = source.config()
+    refuse_unknown(config.model_type)  # transformers may read another: a Mistral with `layer_types` is a Ministral
+    return config
+
+
+def refuse_unknown(model_type: str) -> None:
+    if model_type not in FAMILIES:
+        raise ConversionError(
+            f"The architecture {model_type!r} is not supported. Supported are {', '.join(FAMILIES)}."
+        )
 
 
 def fire_configs(
@@ -238,21 +266,23 @@ def converted(
     shards: list[Shard], weight_map: WeightMap, biases: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """FIRE's tensors one by one: those of the source, then the position biases."""
-    weights = (pair for shard in shards for source in read(shard) for pair in weight_map.convert(*source).items())
+    tensors = itertools.chain(weight_map.convert_all(shards), biases)
     total = len(weight_map.shapes) - weight_map.tied
-    yield from logging.tqdm(itertools.chain(weights, biases), total=total, desc="Converting", unit=" tensors")
+    yield from logging.tqdm(tensors, total=total, desc="Converting", unit=" tensors")
 
 
 def write_around_weights(
     folder: Path, model: FireForCausalLM, source: Source, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Config and code, as `save_pretrained` writes them; tokenizer, chat template and generation config."""
+    """Config and code, as `save_pretrained` writes them; tokenizer, chat template, generation config and licence."""
     custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if (source.folder / GENERATION_CONFIG_NAME).exists():
-        shutil.copyfile(source.folder / GENERATION_CONFIG_NAME, folder / GENERATION_CONFIG_NAME)
+    for pattern in (GENERATION_CONFIG_NAME, *LICENCE_FILES):
+        for file in source.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def library_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""LLaMA, and what shares its weights: Mistral, Qwen2, Qwen3 (SmolLM is a LLaMA)."""
+"""LLaMA, and what shares its weights: Mistral, Ministral, Qwen2, Qwen3 (SmolLM is a LLaMA)."""
 
 from typing import Any
 
@@ -13,7 +13,17 @@ def refuse_sliding_window(config: PreTrainedConfig) -> None:
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise ConversionError(f"`layer_types` {sorted(unknown)} are not supported, only 'full_attention'.")
     window = getattr(config, "sliding_window", None)
+    if config.model_type == "ministral" and window is None:
+        raise ConversionError(
+            "`sliding_window=None` is not supported: transformers runs no ministral so. Set it to "
+            f"`max_position_embeddings` ({config.max_position_embeddings}), which hides nothing."
+        )
     if "sliding_attention" in layer_types and window is not None and window < config.max_position_embeddings:
+        if not hasattr(type(config), "sliding_window"):
+            raise ConversionError(
+                f"`sliding_window={window}` is not supported: it is no field of {config.model_type}, whose attention "
+                "ignores it in transformers, while the cache does not. Take it out of the config."
+            )
         raise ConversionError(
             f"`sliding_window={window}` is not supported: it is shorter than `max_position_embeddings` "
             f"({config.max_position_embeddings}). If the model was never used past its window, set "
@@ -64,7 +74,7 @@ MODULES = (
 )
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=("llama", "mistral", "ministral", "qwen2", "qwen3"),
     prefix="model.",
     weights={name: name for name in MODULES},
     fire_fields=fire_fields,

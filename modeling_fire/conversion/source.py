@@ -1,5 +1,6 @@
 """Where a checkpoint comes from: a folder, the Hub, or a GGUF file; and what is read of it besides the weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import CONFIG_NAME, logging
 
 from .family import ConversionError, reading
-from .weights import Shard, find_shards
+from .weights import WEIGHT_FILES, Shard, find_shards, shard_names
 
 
 logger = logging.get_logger(__name__)
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TEKKEN = "tekken.json"  # Mistral's own format
-SMALL_FILES = ("config.json", "generation_config.json", "README.md", "*chat_template*", *TOKENIZER_FILES)
-WEIGHT_FILES = (
-    ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+LICENCE_FILES = ("LICENSE*", "USE_POLICY*", "NOTICE*")  # which cards link to
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "README.md",
+    "*chat_template*",
+    *TOKENIZER_FILES,
+    *LICENCE_FILES,
 )
 
 
@@ -56,10 +61,7 @@ class Source:
                 raise ConversionError(f"{source} has no file {gguf_file}.")
             return cls(folder.resolve().name, folder, None, gguf_file)
         files = [*SMALL_FILES, gguf_file] if gguf_file is not None else SMALL_FILES
-        try:
-            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=list(files)))
-        except (OSError, HFValidationError) as error:
-            raise ConversionError(f"{source} is no folder, and could not be fetched from the Hub: {error}") from error
+        folder = fetch(str(source), revision, files)
         return cls(str(source), folder, folder.name, gguf_file)
 
     @property
@@ -80,9 +82,10 @@ class Source:
         if self.gguf_file is not None:
             return [self.model().state_dict()]
         if self.on_hub:
-            for patterns in WEIGHT_FILES:
-                snapshot_download(self.name, revision=self.revision, allow_patterns=list(patterns))
-                if any(self.folder.glob(patterns[0])) or any(self.folder.glob(patterns[2])):
+            for files in WEIGHT_FILES:
+                fetch(self.name, self.revision, files)
+                if names := shard_names(self.folder):
+                    fetch(self.name, self.revision, names)
                     break
         return list(find_shards(self.folder))
 
@@ -106,3 +109,11 @@ class Source:
     def gguf(self) -> dict[str, str]:
         """The argument of transformers' `from_pretrained` methods, where it applies."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def fetch(source: str, revision: str | None, files: Iterable[str]) -> Path:
+    """The folder with files of a repository on the Hub. Raises [`ConversionError`] if there is no such repository."""
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except (OSError, HFValidationError) as error:
+        raise ConversionError(f"{source} is no folder, and could not be fetched from the Hub: {error}") from error

@@ -1,5 +1,6 @@
 """Weights: found, matched by name and shape before anything is written, then streamed from shard to shard."""
 
+import itertools
 import json
 import re
 import zipfile
@@ -24,26 +25,34 @@ from .family import ConversionError, Family, Fused, reading
 # A checkpoint file, or the tensors themselves where transformers had to read them.
 Shard = Path | Mapping[str, torch.Tensor]
 
+# A checkpoint in one file, and the index of one in several: safetensors come first.
+WEIGHT_FILES = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def find_shards(folder: Path) -> list[Path]:
+def shard_names(folder: Path) -> list[str]:
     """
-    The weight files of a checkpoint, safetensors if there are any. Raises [`ConversionError`] if one is missing, or
-    the index is broken.
+    The names of a checkpoint's weight files, those that its index has for them included, whether they are there or
+    not; none without weights. Raises [`ConversionError`] if the index is broken.
     """
-    for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    for name, index_name in WEIGHT_FILES:
         if (folder / name).exists():
-            return [folder / name]
+            return [name]
         if (folder / index_name).exists():
             with reading(index_name):
                 index = json.loads((folder / index_name).read_text())
-                names = sorted(set(index["weight_map"].values()))
-                if missing := [name for name in names if not (folder / name).exists()]:
-                    raise ConversionError(f"{index_name} names files that are missing: {', '.join(missing)}.")
-                return [folder / name for name in names]
-    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
-    raise ConversionError(f"The source has no weights: none of {', '.join(names)}.")
+                return sorted({str(shard) for shard in index["weight_map"].values()})
+    return []
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, see [`shard_names`]. Raises [`ConversionError`] if one or all are missing."""
+    names = shard_names(folder)
+    if not names:
+        raise ConversionError(f"The source has no weights: none of {', '.join(itertools.chain(*WEIGHT_FILES))}.")
+    if missing := [name for name in names if not (folder / name).exists()]:
+        raise ConversionError(f"The index of the weights names files that are missing: {', '.join(missing)}.")
+    return [folder / name for name in names]
 
 
 def read(shard: Shard) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,6 +126,11 @@ class WeightMap:
             return {}
         parts = self.fused[name].split(tensor, self.num_heads) if name in self.fused else (tensor,)
         return dict(zip(targets, parts, strict=True))
+
+    def convert_all(self, shards: list[Shard]) -> Iterator[tuple[str, torch.Tensor]]:
+        """FIRE's tensors from all of the source's, one by one."""
+        for name, tensor in (pair for shard in shards for pair in read(shard)):
+            yield from self.convert(name, tensor).items()
 
     def check(self, shards: list[Shard]) -> None:
         """Raises [`ConversionError`] with the names of tensors that are unknown, missing, doubled or misshapen."""

@@ -13,6 +13,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MptConfig,
@@ -49,6 +51,11 @@ def llama(**changes) -> LlamaForCausalLM:
 
 def mistral(**changes) -> MistralForCausalLM:
     return randomised(MistralForCausalLM(MistralConfig(**{**LLAMA, "sliding_window": None, **changes})))
+
+
+def ministral(**changes) -> MinistralForCausalLM:
+    fields = {**LLAMA, "head_dim": 8, "sliding_window": 32, **changes}
+    return randomised(MinistralForCausalLM(MinistralConfig(**fields)))
 
 
 def qwen2(**changes) -> Qwen2ForCausalLM:

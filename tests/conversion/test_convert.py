@@ -62,6 +62,19 @@ def test_what_does_not_come_along_need_not_be_there(tmp_path):
     assert "Not made" in ModelCard.load(tmp_path / "out" / "README.md").text
 
 
+def test_the_licence_that_the_card_links_to_comes_along(source, tmp_path):
+    (source / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE.txt\n---\n")
+    licences = {"LICENSE.txt", "NOTICE", "USE_POLICY.md"}
+    for name in licences:
+        (source / name).write_text(f"The {name}.\n")
+    (source / "LICENSES").mkdir()
+    convert(source, tmp_path / "out", verify=False)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license_link == "LICENSE.txt"
+    for name in licences:
+        assert (tmp_path / "out" / name).read_text() == f"The {name}.\n"
+    assert not (tmp_path / "out" / "LICENSES").exists()
+
+
 def test_the_prompt_is_the_callers(source, tmp_path):
     assert convert(source, tmp_path / "out", prompt="A fire").proof.tokens == 6
     for prompt, distinct in (("", 0), ("A", 1), ("AAAAAAAA", 1), ("A fAAAA", 3)):
@@ -187,6 +200,17 @@ def test_the_dtype_is_that_of_the_weights_where_the_config_names_none(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
+def test_the_dtype_is_not_that_of_a_buffer_that_stays_behind(tmp_path):
+    model = gpt_neox().to(torch.bfloat16)
+    model.config.dtype = None
+    model.config.save_pretrained(tmp_path / "source")
+    buffers = {"bias": torch.ones(4, dtype=torch.bool), "rotary_emb.inv_freq": torch.ones(2)}
+    old = {f"gpt_neox.layers.0.attention.{name}": value for name, value in buffers.items()}
+    torch.save(old | model.state_dict(), tmp_path / "source" / "pytorch_model.bin")
+    convert(tmp_path / "source", tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
 def test_alibi_is_exact_beside_weights_in_half_precision(tmp_path):
     bloom().half().save_pretrained(tmp_path / "source")
     assert convert(tmp_path / "source", tmp_path / "out").proof.relative < 2e-6
@@ -282,6 +306,45 @@ def test_what_appears_meanwhile_survives(source, tmp_path, monkeypatch, overwrit
     assert (Path(finished) / "conversion.json").exists() and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("error", [OSError("busy"), OSError("No space left on device"), KeyboardInterrupt()])
+def test_what_is_finished_is_not_lost_where_the_last_step_fails(source, tmp_path, monkeypatch, error):
+    """Nor is the model that it was to replace."""
+    out = tmp_path / "replaced"
+    convert(source, out, rotation="keep")
+    rename = Path.rename
+
+    def rename_but_to_out(self, target):
+        if Path(target) == out and self.name == out.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_but_to_out)
+    message = rf"{error or 'Interrupted'}\. The finished conversion is {out}\.finished"
+    with pytest.raises(ConversionError, match=message) as raised:
+        convert(source, out, overwrite=True)
+    assert FireForCausalLM.from_pretrained(out).config.rope_parameters is not None
+    finished = Path(re.search(r"conversion is (.*)\.$", str(raised.value))[1])
+    assert FireForCausalLM.from_pretrained(finished).config.rope_parameters is None
+    assert [path.name for path in finished.parent.iterdir()] == ["replaced"] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_an_interrupt_after_the_last_step_undoes_nothing(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert(source, out, rotation="keep")
+    rename = Path.rename
+
+    def rename_and_interrupt(self, target):
+        renamed = rename(self, target)
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, overwrite=True)
+    assert FireForCausalLM.from_pretrained(out).config.rope_parameters is None
+
+
 @pytest.mark.parametrize("step", ["write_shards", "write_around_weights", "calibrate_folder"])
 def test_a_full_disk_is_one_error_and_leaves_nothing(source, tmp_path, monkeypatch, step):
     def full(*args):
@@ -301,6 +364,30 @@ def test_overwriting_spares_what_is_no_model_and_the_source(source, tmp_path):
     shutil.copytree(source, source / "inner")
     with pytest.raises(ConversionError, match="holds the source, and is not overwritten"):
         convert(source / "inner", source, overwrite=True)
+
+
+def test_an_out_that_cannot_be_made_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "write_shards", None)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(ConversionError, match=f"{out} cannot be made: {tmp_path}/file is no folder that may be"):
+            convert(source, out)
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with monkeypatch.context() as patch:
+        if os.geteuid() == 0:  # who may write everywhere
+            patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "mine")
+        with pytest.raises(ConversionError, match=f"cannot be made: {tmp_path}/mine is no folder that may be written"):
+            convert(source, tmp_path / "mine" / "deep" / "out")
+
+
+def test_a_mount_point_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    """It could not be renamed, and neither could anything be renamed to it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(ConversionError, match="is a mount point, which"):
+        patch.setattr(conversion, "write_shards", None)
+        convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out" / "inside", verify=False)
 
 
 # Memory

@@ -40,7 +40,8 @@ ROTATING = {
     "mistral": mistral,
     "mistral, a window that hides nothing": lambda: mistral(sliding_window=32),
     "ministral": ministral,
-    "ministral, a window that hides nothing in some layers": lambda: ministral(sliding_window=32, layer_types=SLIDING),
+    "ministral, a window in some layers that hides nothing": lambda: ministral(layer_types=SLIDING),
+    "ministral, a window that is not used": lambda: ministral(sliding_window=4, layer_types=["full_attention"] * 2),
     "qwen2": qwen2,
     "qwen2, tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen2, a window that is not used": lambda: qwen2(sliding_window=4),
@@ -174,8 +175,9 @@ def test_a_mistral_with_layer_types_is_a_ministral(tmp_path, monkeypatch, layer_
     change_config(tmp_path / "source", model_type="mistral", layer_types=layer_types)
     result = convert(tmp_path / "source", tmp_path / "out")
     assert result.model_type == "ministral" and result.proof.relative < 2e-6
-    monkeypatch.delitem(FAMILIES, "ministral")
-    with pytest.raises(ConversionError, match="architecture 'ministral' is not supported. Supported are llama, mist"):
+    others = {name: family for name, family in FAMILIES.items() if name != "ministral"}
+    monkeypatch.setattr("modeling_fire.conversion.FAMILIES", others)
+    with pytest.raises(ConversionError, match="The architecture 'ministral' is not supported"):
         convert(tmp_path / "source", tmp_path / "again")
 
 
@@ -186,6 +188,10 @@ REFUSED = {
     "a window that only the cache of LLaMA knows": (
         lambda: llama(sliding_window=31),
         "`sliding_window=31` is not supported: it is no field of llama, .* Take it out of the config",
+    ),
+    "no window for Ministral": (
+        lambda: ministral(sliding_window=None),
+        r"`sliding_window=None` .* Set it to `max_position_embeddings` \(32\)",
     ),
     "windows of Ministral": (
         lambda: ministral(sliding_window=31, layer_types=SLIDING),

@@ -22,7 +22,7 @@ from checkpoints import (
 from helpers import random_ids
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BloomModel, LlamaForCausalLM, LlamaModel
 
 from modeling_fire import FireForCausalLM, conversion
@@ -345,7 +345,8 @@ def hub(source, tmp_path, monkeypatch) -> list:
         snapshot = tmp_path / "cache" / COMMIT
         snapshot.mkdir(parents=True, exist_ok=True)
         for file in source.iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+            wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns)
+            if wanted and not (snapshot / file.name).exists():
                 fetched.append(file.name)
                 shutil.copyfile(file, snapshot / file.name)
         return str(snapshot)
@@ -363,7 +364,7 @@ def test_from_the_hub_only_what_is_needed_is_fetched(hub, source, tmp_path, kind
     if kind == "bin":
         (source / "model.safetensors").unlink()
     torch.save(model.state_dict(), source / "pytorch_model.bin")
-    for name in ("consolidated.safetensors", "model.onnx", "tf_model.h5", "LICENSE"):
+    for name in ("consolidated.safetensors", "model.onnx", "tf_model.h5", "LICENSE.md", "paper.pdf"):
         (source / name).write_text("")
     result = convert("someone/model", tmp_path / "out", revision="v1")
     assert (result.source, result.revision) == ("someone/model", COMMIT)
@@ -371,7 +372,23 @@ def test_from_the_hub_only_what_is_needed_is_fetched(hub, source, tmp_path, kind
     assert (card.data.base_model, card.data.license) == ("someone/model", "apache-2.0")
     suffix = ".bin" if kind == "bin" else ".safetensors"
     assert {Path(name).suffix for name in hub} <= {".json", ".jinja", ".md", suffix}
-    assert len(hub) == len(set(hub)) and "consolidated.safetensors" not in hub
+    assert "LICENSE.md" in hub and "consolidated.safetensors" not in hub
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".bin"])
+def test_shards_of_the_hub_have_the_names_that_their_index_gives(hub, source, tmp_path, kind):
+    """Those of bigscience/bloom are called model_00001-of-00072.safetensors."""
+    state = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    weight_map = {name: f"part_{i % 2}{kind}" for i, name in enumerate(state)}
+    for file in (*weight_map.values(), f"model-00001-of-00002{kind}"):
+        part = {name: value for name, value in state.items() if weight_map[name] == file}
+        save_file(part, source / file) if kind == ".safetensors" else torch.save(part, source / file)
+    index_name = "model.safetensors.index.json" if kind == ".safetensors" else "pytorch_model.bin.index.json"
+    (source / index_name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    convert("someone/model", tmp_path / "out", revision="v1")
+    assert {name for name in hub if name.endswith(kind)} == set(weight_map.values())
+    assert reads(tmp_path / "out").keys() >= state.keys()
 
 
 def test_weights_are_not_fetched_for_a_refusal(hub, source, tmp_path):
