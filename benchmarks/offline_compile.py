@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_fire.triton_backward_fire import _delta_kernel, _key_gradient_kernel, _query_gradient_kernel
-from modeling_fire.triton_fire import HEAD_DIMS, Blocks, block_sizes, power_of_two
+from modeling_fire.triton_fire import HEAD_DIMS, Blocks, block_sizes, is_heavy, power_of_two
 from modeling_fire.triton_forward_fire import _combine_kernel, _decode_kernel, _forward_kernel
 from modeling_fire.triton_tiles_fire import _plan_kernel
 
@@ -47,8 +47,8 @@ KERNELS = {
     "delta": _delta_kernel,
     "combine": _combine_kernel,
 }
-INTEGER_POINTERS = {"ROWS": "*i32", "BLOCKS": "*i32", "EDGES": "*i32", "KEYS": "*i64", "VISIBLE": "*i1"}
-INTEGER_POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64"}
+POINTERS = {"ROWS": "*i32", "BLOCKS": "*i32", "EDGES": "*i32", "KEYS": "*i64", "VISIBLE": "*i1"}
+POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64", "EXCESS": "*fp64"}
 DATA_POINTERS = {"Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"}
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
 
@@ -65,8 +65,12 @@ class Form(NamedTuple):
 FORMS = {
     "fire": Form("log", 32),
     "general": Form("log", 32, general=True),
+    "power": Form("power", 32),
+    "identity": Form("identity", 32),
     "alibi": Form("identity", 0),
-    "kerple": Form("power", 0, c_per_head=True),
+    "kerple-l": Form("log", 0, c_per_head=True),
+    "kerple-p": Form("power", 0, c_per_head=True),
+    "none": Form("none", 0),
 }
 LOOPING = ("forward", "query", "key", "decode")
 
@@ -108,7 +112,7 @@ def shipped_cases(arch: int) -> Iterator[Case]:
     """Every entry of the tables of block sizes, in every form; and the small kernels, without a loop over tiles."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for form, (name, dtype), kernel, head_dim in product(FORMS, types.items(), LOOPING, HEAD_DIMS):
-        heavy = FORMS[form].general or FORMS[form].transform == "power"
+        heavy = is_heavy(FORMS[form].transform, not FORMS[form].general, FORMS[form].c_per_head)
         yield Case(arch, form, kernel, name, head_dim, block_sizes(kernel, dtype, head_dim, arch // 10, heavy))
     for form in FORMS:
         yield Case(arch, form, "plan", "bf16", 64, Blocks(128, 64, 4, 1))
@@ -123,7 +127,7 @@ def compile_case(case: Case) -> Any:
         "TRANSFORM": form.transform,
         "GENERAL": form.general,
         "FAST": True,
-        "BIAS_GRAD": True,
+        "BIAS_GRAD": form.transform != "none",
         "C_PER_HEAD": form.c_per_head,
         "HEAD_DIM": case.head_dim,
         "ROW_BLOCK": case.blocks.rows,
@@ -137,6 +141,8 @@ def compile_case(case: Case) -> Any:
     }
     if not form.general:
         constants |= {"KEYS": None, "VISIBLE": None}
+    if case.dtype == "fp32" or form.transform == "none":
+        constants |= {"EXCESS": None, "GRID": None}
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -144,7 +150,7 @@ def compile_case(case: Case) -> Any:
             continue
         if name.isupper():
             data = f"*{case.dtype}" if name in DATA_POINTERS else "*fp32"
-            signature[name] = INTEGER_POINTERS.get(name, data)
+            signature[name] = POINTERS.get(name, data)
         else:
             signature[name] = "fp32" if name in ("scaling", "tolerance") else "i32"
         if name.isupper() or name.endswith(("_batch", "_head", "_row")):

@@ -70,7 +70,7 @@ def piecewise_bias(
     num_heads = query.shape[1]
     if position_bias is None:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        return PiecewiseBias.straight(query.new_zeros(num_heads, dtype=dtype), "identity", positions.query)
+        return PiecewiseBias.straight(query.new_zeros(num_heads, dtype=dtype), "none", positions.query)
     bias = position_bias(positions, piecewise=True)
     if bias.slope.device != query.device:
         bias = bias.to(query.device)

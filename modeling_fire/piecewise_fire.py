@@ -27,7 +27,9 @@ class PiecewiseBias(NamedTuple):
         row_scale (`torch.Tensor` of shape `(batch or 1, queries)`): One over the normaliser of each query.
         shared (`torch.BoolTensor` of shape `(batch or 1, queries)`):
             Queries whose `row_scale` is one and the same number: of their gradients only the sum has a meaning.
-        transform (`str`): `psi(d)`: `"log"` is `log(1 + c d)`, `"power"` is `d ** c`, `"identity"` is `d`.
+        transform (`str`):
+            `psi(d)`: `"log"` is `log(1 + c d)`, `"power"` is `d ** c`, `"identity"` is `d`, and `"none"` stands for a
+            bias of 0, which kernels leave out.
         table (`torch.Tensor` of shape `(heads, distances)`, *optional*):
             The bias of the `shared` queries by distance, the largest first and 0 last. A shortcut for inference on
             CPU, where it serves one token after the other; nothing else changes with it. Used in its own type alone.
@@ -110,7 +112,7 @@ def relu_pieces(
 def psi(distance: torch.Tensor, c: torch.Tensor, transform: str) -> torch.Tensor:
     """The monotone transform of a float tensor of distances `>= 0`; `c` is non-negative and broadcasts."""
     match transform:
-        case "identity":
+        case "identity" | "none":
             return distance
         case "log":
             return torch.log1p(c * distance)  # log(1 + c x) loses every digit when c x is below float spacing at 1

@@ -1,4 +1,4 @@
-"""The GPU kernels of the backward pass: gradients of queries and of the bias, then those of keys and values."""
+"""The GPU kernels of the backward pass: gradients of keys and values, then those of queries and of the bias."""
 
 try:  # in a `try`: whoever loads a model with its code need not have Triton
     import triton
@@ -22,6 +22,7 @@ from .triton_tiles_fire import (
     _expand,
     _load_tile,
     _locate_planned,
+    _program,
     _scores,
     _slope_in_c,
     _store_tile,
@@ -29,28 +30,52 @@ from .triton_tiles_fire import (
 )
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "blocks"])
 def _delta_kernel(
-    OUT, GRAD, LSE, DELTA, LSE2,
-    out_batch, out_head, out_row, grad_batch, grad_head, grad_row, num_queries, heads,
+    OUT, GRAD, LSE, DELTA, LSE2, GRID,
+    out_batch, out_head, out_row, grad_batch, grad_head, grad_row, num_queries, heads, blocks,
     HEAD_DIM: tl.constexpr, ROW_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(row blocks, batch * heads)`: `DELTA`, the sum of output times gradient, and `LSE2`, the log-sum-exp in units
-    of log 2, plus infinity for a blind row, so that all its weights come out as 0.
+    Grid `(row blocks, batch * heads)`, flat. Stores, float32 `(batch * heads, queries)`:
+
+    - `DELTA`, the sum of output times gradient;
+    - `LSE2`, the log-sum-exp in units of log 2, plus infinity for a blind row, so that all its weights come out as 0;
+    - `GRID`, if it is given: see `_add_exactly`.
     """
-    start = tl.program_id(0) * ROW_BLOCK
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    block, instance = _program(blocks)
+    start = block * ROW_BLOCK
+    batch, head = (instance // heads).to(tl.int64), (instance % heads).to(tl.int64)
     out_base = OUT + batch * out_batch + head * out_head
     grad_base = GRAD + batch * grad_batch + head * grad_head
     out = _load_tile(out_base, start, out_row, 0, num_queries, HEAD_DIM, ROW_BLOCK, DIM_BLOCK)
     grad = _load_tile(grad_base, start, grad_row, 0, num_queries, HEAD_DIM, ROW_BLOCK, DIM_BLOCK)
     rows = start + tl.arange(0, ROW_BLOCK)
     inside = rows < num_queries
-    at = tl.program_id(1).to(tl.int64) * num_queries + rows
+    at = instance.to(tl.int64) * num_queries + rows
     lse = tl.load(LSE + at, mask=inside, other=0.0)
-    tl.store(DELTA + at, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1), mask=inside)
+    product = out.to(tl.float32) * grad.to(tl.float32)
+    tl.store(DELTA + at, tl.sum(product, 1), mask=inside)
     tl.store(LSE2 + at, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=inside)
+    if GRID is not None:
+        # The power of two below that sum of magnitudes, times 2 ** -30 and 1.5 * 2 ** 23.
+        power = (tl.sum(tl.abs(product), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        tl.store(GRID + at, power * 0.01171875, mask=inside)
+
+
+@triton.jit
+def _add_exactly(TOTALS, GRID, gradient, at, inside, COLUMN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr):
+    """
+    Adds the sums over columns of `gradient`, float32 `(COLUMN_BLOCK, ROW_BLOCK)`, to the float64 `TOTALS`, in any
+    order with the same result. What is added is rounded to multiples of one power of two for each row, by adding and
+    subtracting `GRID`, 1.5 * 2 ** 23 times as large. So no total is rounded below 2 ** 53 of that, which is millions
+    of times the size of what is summed.
+    """
+    # Sixteen columns are one warp's: no warp waits for another.
+    terms = tl.sum(tl.reshape(gradient, [COLUMN_BLOCK // 16, 16, ROW_BLOCK]), 1)
+    grid = tl.load(GRID + at, mask=inside, other=0.0)[None, :]
+    totals = tl.broadcast_to((TOTALS + at)[None, :], [COLUMN_BLOCK // 16, ROW_BLOCK])
+    tl.atomic_add(totals, ((terms + grid) - grid).to(tl.float64), mask=inside[None, :], sem="relaxed")
 
 
 @triton.jit
@@ -70,28 +95,29 @@ def _far_moments(gradient, behind, offset, c, FAST: tl.constexpr):
     return zero, psi, behind * inverse * zero - inverse * inverse * (one + two + three)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments", "blocks"])
 def _query_gradient_kernel(
-    Q, K, V, GRAD, DQ, DELTA, LSE2, PIECES_GRAD, ROW_GRAD, C_GRAD, ROWS, SCALE, BLOCKS, EDGES, KEYS, VISIBLE, KNOTS,
-    SLOPE, OFFSET, C,
+    Q, K, V, GRAD, DQ, DELTA, LSE2, EXCESS, PIECES_GRAD, ROW_GRAD, C_GRAD, ROWS, SCALE, BLOCKS, EDGES, KEYS,
+    VISIBLE, KNOTS, SLOPE, OFFSET, C,
     scaling, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
     dq_batch, dq_head, dq_row, keys_stride, visible_stride, num_queries, num_keys, heads, group, plan_batches, c_heads,
-    segments,
+    segments, blocks,
     TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, FAST: tl.constexpr, BIAS_GRAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KNOT_BLOCK: tl.constexpr, SEGMENT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(row blocks, batch * heads)`: the gradient of a row block of queries, and its share of those of the bias:
+    Grid `(row blocks, batch * heads)`, flat: the gradient of a row block of queries, and its share of those of the
+    bias:
 
     - `PIECES_GRAD`, `(batch * heads, row blocks, 2, SEGMENT_BLOCK)`: sums of the gradient of the scores by segment,
       and of that times `x`;
     - `ROW_GRAD`, `(batch * heads, queries)`: of `row_scale`;
     - `C_GRAD`, `(batch * heads, row blocks)`: of `c`.
     """
-    blocks = tl.num_programs(0)
-    block = blocks - 1 - tl.program_id(0)
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, instance = _program(blocks)
+    block = blocks - 1 - block
+    batch, head = instance // heads, instance % heads
     plan_batch, c_head = batch % plan_batches, head % c_heads
     plan = (plan_batch * c_heads + c_head) * blocks + block
     fields, edges = BLOCKS + plan * FIELDS, EDGES + plan * 4 * KNOT_BLOCK
@@ -113,9 +139,11 @@ def _query_gradient_kernel(
     stored = ROWS + plan_batch * 3 * num_queries + rows
     query = tl.load(stored, mask=inside, other=0)
     scale = tl.load(SCALE + plan_batch * num_queries + rows, mask=inside, other=0.0)
-    at = tl.program_id(1).to(tl.int64) * num_queries + rows
+    at = instance.to(tl.int64) * num_queries + rows
     lse2 = tl.load(LSE2 + at, mask=inside, other=float("inf"))
     delta = tl.load(DELTA + at, mask=inside, other=0.0)
+    if EXCESS is not None:
+        delta += tl.load(EXCESS + at, mask=inside, other=0.0).to(tl.float32)
     q_base = Q + wide_batch * q_batch + wide_head * q_head
     q = _load_tile(q_base, row_start, q_row, 0, num_queries, HEAD_DIM, ROW_BLOCK, DIM_BLOCK)
     grad_base = GRAD + wide_batch * grad_batch + wide_head * grad_head
@@ -194,7 +222,7 @@ def _query_gradient_kernel(
         x_by_segment += tl.where(segment == low, tl.sum(psi_mass * scale, 0), 0.0)
         row_grad += slope * psi_mass
         unit = LN2 if TRANSFORM == "log" else 1.0
-        slot = tl.program_id(1).to(tl.int64) * blocks + block
+        slot = instance.to(tl.int64) * blocks + block
         pieces_grad = PIECES_GRAD + slot * 2 * SEGMENT_BLOCK + segment
         tl.store(pieces_grad, by_segment)
         tl.store(pieces_grad + SEGMENT_BLOCK, x_by_segment)
@@ -202,20 +230,28 @@ def _query_gradient_kernel(
         tl.store(C_GRAD + slot, tl.sum(c_grad * scale, 0) * (LN2 / unit))
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments", "blocks"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments", "blocks", "column_blocks"])
 def _key_gradient_kernel(
-    Q, K, V, GRAD, DK, DV, DELTA, LSE2, ROWS, SCALE, BLOCKS, EDGES, KEYS, VISIBLE, KNOTS, SLOPE, OFFSET, C,
+    Q, K, V, GRAD, DK, DV, DELTA, LSE2, EXCESS, GRID, ROWS, SCALE, BLOCKS, EDGES, KEYS, VISIBLE, KNOTS, SLOPE,
+    OFFSET, C,
     scaling, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, keys_stride, visible_stride, num_queries, num_keys, heads,
-    group, plan_batches, c_heads, segments, blocks,
+    group, plan_batches, c_heads, segments, blocks, column_blocks,
     TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, FAST: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, KNOT_BLOCK: tl.constexpr,
     SCAN_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(column blocks, batch * key heads)`: gradients of a column block, over the query heads of its group."""
+    """
+    Grid `(column blocks, batch * key heads)`, flat: gradients of a column block, over the query heads of its group.
+
+    The gradient of a row's scores adds up to 0, if only `DELTA` is exact. Where it is the product of an output that
+    was rounded to 16 bits, `EXCESS`, float64 `(batch * heads, queries)`, gets what it adds up to: for keys and values
+    it is of no account, for the bias, whose gradients are sums over rows by distance, it is.
+    """
     kv_heads = heads // group
-    start = tl.program_id(0) * COLUMN_BLOCK
-    batch, kv_head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    column_block, instance = _program(column_blocks)
+    start = column_block * COLUMN_BLOCK
+    batch, kv_head = instance // kv_heads, instance % kv_heads
     plan_batch = batch % plan_batches
     wide_batch, wide_kv = batch.to(tl.int64), kv_head.to(tl.int64)
 
@@ -284,6 +320,8 @@ def _key_gradient_kernel(
             dv = _dot(weights.to(grad.dtype), grad, dv, FAST)
             delta = tl.load(DELTA + per_head + rows, mask=inside, other=0.0)
             gradient = weights * (_dot(v, tl.trans(grad), None, FAST) - delta[None, :])
+            if EXCESS is not None:
+                _add_exactly(EXCESS, GRID, gradient, per_head + rows, inside, COLUMN_BLOCK, ROW_BLOCK)
             dk = _dot(gradient.to(q.dtype), q, dk, FAST)
 
     dk_base = DK + wide_batch * dk_batch + wide_kv * dk_head

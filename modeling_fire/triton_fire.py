@@ -72,11 +72,13 @@ BLOCKS_32 = {
     ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1)),
     ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 16, 4, 2)),
 }
-# With 16 bits, where keys stand anywhere or `psi` is a power, which take more registers:
+# With 16 bits, where keys stand anywhere, `psi` is a power or each head has its own, which take more registers:
 BLOCKS_16_HEAVY = {
     ("query", 9): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 16, 8, 2)),
     ("decode", 10): (Blocks(1, 128, 4, 3), Blocks(1, 128, 4, 3), Blocks(1, 64, 4, 3), Blocks(1, 64, 8, 2)),
 }
+# Rows or columns of a tile, at most.
+MAX_ROWS = 256
 # Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are
 # many keys for each: queries of guessed tokens, or of the requests of continuous batching, which each see few of them.
 DECODE_QUERIES, MAX_DECODE_QUERIES, KEYS_PER_QUERY = 4, 256, 512
@@ -97,8 +99,13 @@ def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int,
 def block_sizes_for(kernel: str, query: torch.Tensor, bias: PiecewiseBias, positions: FirePositions) -> Blocks:
     """[`block_sizes`] for the type, head dimension and device of `query`, and what else makes the kernel."""
     capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 8
-    heavy = bias.transform == "power" or not positions.consecutive
+    heavy = is_heavy(bias.transform, positions.consecutive, bias.c.shape[0] > 1)
     return block_sizes(kernel, query.dtype, query.shape[-1], capability, heavy)
+
+
+def is_heavy(transform: str, consecutive: bool, c_per_head: bool) -> bool:
+    """Whether a kernel takes more registers than that of FIRE at consecutive positions; see `BLOCKS_16_HEAVY`."""
+    return transform == "power" or c_per_head or not consecutive
 
 
 def score_tolerance(query: torch.Tensor) -> float:
@@ -186,10 +193,11 @@ def make_plan(
         torch.empty(batches, c_heads, row_blocks, FIELDS.value, dtype=torch.int32, device=device),
         torch.empty(batches, c_heads, row_blocks, 4, knot_block, dtype=torch.int32, device=device),
     )
-    _plan_kernel[(row_blocks, batches * c_heads)](
+    _plan_kernel[(row_blocks * batches * c_heads,)](
         *rows[:4], rows.knots, rows.slope.abs().amax(), rows.c, *tensors, *[batch_stride(field) for field in rows[:4]],
-        num_queries, key.shape[2], rows.knots.shape[0], c_heads, score_tolerance(query), TRANSFORM=bias.transform,
-        GENERAL=general, ROW_BLOCK=blocks.rows, COLUMN_BLOCK=blocks.columns, KNOT_BLOCK=knot_block,
+        num_queries, key.shape[2], rows.knots.shape[0], c_heads, row_blocks, score_tolerance(query),
+        TRANSFORM=bias.transform, GENERAL=general, ROW_BLOCK=blocks.rows, COLUMN_BLOCK=blocks.columns,
+        KNOT_BLOCK=knot_block,
     )  # fmt: skip
     return Plan(tensors, row_blocks, batches)
 
@@ -232,18 +240,19 @@ def forward(
             return output, lse
         blocks = block_sizes_for("forward", query, bias, positions)
         plan = make_plan(query, key, bias, rows, blocks, not positions.consecutive)
-        _forward_kernel[(plan.blocks, batch * heads)](
+        _forward_kernel[(plan.blocks * batch * heads,)](
             query, key, value, output, lse, *plan.tensors, *tables(rows), scaling, *strides(query, key, value, output),
             batch_stride(rows.keys), batch_stride(rows.visible), num_queries, key.shape[2], heads,
-            heads // key.shape[1], plan.batches, rows.c.shape[0], rows.slope.shape[1], ROW_BLOCK=blocks.rows,
-            **constants(query, bias, positions, blocks),
+            heads // key.shape[1], plan.batches, rows.c.shape[0], rows.slope.shape[1], plan.blocks,
+            ROW_BLOCK=blocks.rows, **constants(query, bias, positions, blocks),
         )  # fmt: skip
     return output, lse
 
 
 def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with vectors of the head dimension in one piece."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor with vectors of the head dimension in one piece, and no further apart than a tile can count."""
+    near = tensor.stride(-2) * MAX_ROWS < 2**31
+    return tensor if tensor.stride(-1) == 1 and near else tensor.contiguous()
 
 
 def decodes(num_queries: int, num_keys: int) -> bool:
@@ -279,7 +288,7 @@ def decode(
     group_block, dim_block = power_of_two(group), power_of_two(head_dim)
     part = torch.empty(programs, splits, group_block, dim_block, dtype=torch.float32, device=query.device)
     totals = torch.empty(programs, splits, 2, group_block, dtype=torch.float32, device=query.device)
-    _decode_kernel[(splits, programs)](
+    _decode_kernel[(splits * programs,)](
         query, key, value, part, totals, *rows[:4], *tables(rows), scaling, *strides(query, key, value),
         *[batch_stride(field) for field in rows[:6]], num_queries, key.shape[2], kv_heads, group, rows.knots.shape[0],
         splits, C_PER_HEAD=rows.c.shape[0] > 1, GROUP_BLOCK=group_block, **constants(query, bias, positions, blocks),
@@ -312,43 +321,50 @@ def backward(
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
     positions = kernel_positions(positions)
-    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    dq, dk, dv = dense_rows(dq), dense_rows(dk), dense_rows(dv)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    dq, dk, dv = written = [dense_rows(grad) for grad in grads]
     query, key, value, grad_output = dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(grad_output)
     rows = Rows.of(bias, positions)
     by_query, by_key = (block_sizes_for(kernel, query, bias, positions) for kernel in ("query", "key"))
     segments = rows.slope.shape[1]
     segment_block = power_of_two(segments)
-    row_blocks = triton.cdiv(num_queries, by_query.rows)
+    row_blocks, column_blocks = triton.cdiv(num_queries, by_query.rows), triton.cdiv(num_keys, by_key.columns)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    excess, grid = None, None
+    if bias_grad and query.dtype != torch.float32:
+        excess, grid = torch.zeros_like(lse, dtype=torch.float64), torch.empty_like(lse)
     pieces_grad = lse.new_empty(batch, heads, row_blocks, 2, segment_block)
     row_grad = torch.empty_like(lse)
     c_grad = lse.new_empty(batch, heads, row_blocks)
     sizes = (num_queries, num_keys, heads, heads // kv_heads)
     key_strides = (batch_stride(rows.keys), batch_stride(rows.visible))
     with torch.cuda.device_of(query):
-        _delta_kernel[(triton.cdiv(num_queries, 64), batch * heads)](
-            output, grad_output, lse, delta, lse2, *strides(output, grad_output), num_queries, heads,
-            HEAD_DIM=head_dim, ROW_BLOCK=64, DIM_BLOCK=power_of_two(head_dim),
+        delta_blocks = triton.cdiv(num_queries, 64)
+        _delta_kernel[(delta_blocks * batch * heads,)](
+            output, grad_output, lse, delta, lse2, grid, *strides(output, grad_output), num_queries, heads,
+            delta_blocks, HEAD_DIM=head_dim, ROW_BLOCK=64, DIM_BLOCK=power_of_two(head_dim),
         )  # fmt: skip
-        plan = make_plan(query, key, bias, rows, by_query, not positions.consecutive)
-        _query_gradient_kernel[(row_blocks, batch * heads)](
-            query, key, value, grad_output, dq, delta, lse2, pieces_grad, row_grad, c_grad, *plan.tensors,
-            *tables(rows), scaling, *strides(query, key, value, grad_output, dq), *key_strides, *sizes, plan.batches,
-            rows.c.shape[0], segments, BIAS_GRAD=bias_grad, ROW_BLOCK=by_query.rows, SEGMENT_BLOCK=segment_block,
-            **constants(query, bias, positions, by_query),
+        plan = make_plan(query, key, bias, rows, by_key, not positions.consecutive)
+        _key_gradient_kernel[(column_blocks * batch * kv_heads,)](
+            query, key, value, grad_output, dk, dv, delta, lse2, excess, grid, *plan.tensors, *tables(rows), scaling,
+            *strides(query, key, value, grad_output, dk, dv), *key_strides, *sizes, plan.batches, rows.c.shape[0],
+            segments, plan.blocks, column_blocks, ROW_BLOCK=by_key.rows, SCAN_BLOCK=128,
+            **constants(query, bias, positions, by_key),
         )  # fmt: skip
         if by_key[:2] != by_query[:2]:
-            plan = make_plan(query, key, bias, rows, by_key, not positions.consecutive)
-        _key_gradient_kernel[(triton.cdiv(num_keys, by_key.columns), batch * kv_heads)](
-            query, key, value, grad_output, dk, dv, delta, lse2, *plan.tensors, *tables(rows), scaling,
-            *strides(query, key, value, grad_output, dk, dv), *key_strides, *sizes, plan.batches, rows.c.shape[0],
-            segments, plan.blocks, ROW_BLOCK=by_key.rows, SCAN_BLOCK=128, **constants(query, bias, positions, by_key),
+            plan = make_plan(query, key, bias, rows, by_query, not positions.consecutive)
+        _query_gradient_kernel[(row_blocks * batch * heads,)](
+            query, key, value, grad_output, dq, delta, lse2, excess, pieces_grad, row_grad, c_grad, *plan.tensors,
+            *tables(rows), scaling, *strides(query, key, value, grad_output, dq), *key_strides, *sizes, plan.batches,
+            rows.c.shape[0], segments, row_blocks, BIAS_GRAD=bias_grad, ROW_BLOCK=by_query.rows,
+            SEGMENT_BLOCK=segment_block, **constants(query, bias, positions, by_query),
         )  # fmt: skip
+    for grad, dense in zip(grads, written, strict=True):
+        if grad is not dense:
+            grad.copy_(dense)
     if not bias_grad:
-        zeros = (torch.zeros_like(field) for field in (bias.slope, bias.offset, bias.c, bias.row_scale))
-        return dq, dk, dv, *zeros
-    return dq, dk, dv, *sum_bias_gradients(bias, pieces_grad, c_grad, row_grad)
+        return *grads, *(torch.zeros_like(field) for field in (bias.slope, bias.offset, bias.c, bias.row_scale))
+    return *grads, *sum_bias_gradients(bias, pieces_grad, c_grad, row_grad)
 
 
 def sum_bias_gradients(

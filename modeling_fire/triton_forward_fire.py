@@ -24,6 +24,7 @@ from .triton_tiles_fire import (
     _locate,
     _locate_planned,
     _next_change,
+    _program,
     _reach,
     _scores,
     _store_tile,
@@ -31,18 +32,18 @@ from .triton_tiles_fire import (
 )
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "segments", "blocks"])
 def _forward_kernel(
     Q, K, V, OUT, LSE, ROWS, SCALE, BLOCKS, EDGES, KEYS, VISIBLE, KNOTS, SLOPE, OFFSET, C,
     scaling, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
-    keys_stride, visible_stride, num_queries, num_keys, heads, group, plan_batches, c_heads, segments,
+    keys_stride, visible_stride, num_queries, num_keys, heads, group, plan_batches, c_heads, segments, blocks,
     TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, FAST: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid `(row blocks, batch * heads)`: output and log-sum-exp of a row block."""
-    blocks = tl.num_programs(0)
-    block = blocks - 1 - tl.program_id(0)  # the rows that see most first, so that none is left alone at the end
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    block, instance = _program(blocks)
+    block = blocks - 1 - block  # the rows that see most first, so that none is left alone at the end
+    batch, head = instance // heads, instance % heads
     plan_batch, c_head = batch % plan_batches, head % c_heads
     plan = (plan_batch * c_heads + c_head) * blocks + block
     fields, edges = BLOCKS + plan * FIELDS, EDGES + plan * 4 * KNOT_BLOCK
@@ -101,13 +102,13 @@ def _forward_kernel(
         largest = raised
 
     # A row that sees nothing met unmasked tiles if its neighbours did. Nor is anything seen if all was invisible.
-    sees = (first < last) & (total > 0.0)
+    sees = (first < last) & (total != 0.0)  # NaN is not nothing
     total = tl.where(sees, total, 1.0)
     output = tl.where(sees[:, None], accumulator / total[:, None], 0.0)
     lse = tl.where(sees, (largest + tl.log2(total)) * LN2, float("-inf"))
     out_base = OUT + wide_batch * out_batch + wide_head * out_head
     _store_tile(out_base, output, row_start, out_row, num_queries, HEAD_DIM, ROW_BLOCK, DIM_BLOCK)
-    tl.store(LSE + tl.program_id(1).to(tl.int64) * num_queries + rows, lse, mask=inside)
+    tl.store(LSE + instance.to(tl.int64) * num_queries + rows, lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_knots", "splits"])
@@ -120,13 +121,14 @@ def _decode_kernel(
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(splits, batch * key heads * queries)`: one query beside one part of its keys, for all heads of a group,
-    which share the `x` of a key. Stores the output before normalisation in `PART`, float32
+    Grid `(splits, batch * key heads * queries)`, flat: one query beside one part of its keys, for all heads of a
+    group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
     `(grid, GROUP_BLOCK, DIM_BLOCK)`, and the largest score and the sum of weights in `TOTALS`, float32
     `(grid, 2, GROUP_BLOCK)`.
     """
-    row = tl.program_id(1) % num_queries
-    batch, kv_head = tl.program_id(1) // num_queries // kv_heads, tl.program_id(1) // num_queries % kv_heads
+    split, instance = _program(splits)
+    row = instance % num_queries
+    batch, kv_head = instance // num_queries // kv_heads, instance // num_queries % kv_heads
     wide_batch, wide_kv = batch.to(tl.int64), kv_head.to(tl.int64)
     query = tl.load(QUERY + batch * query_stride + row).to(tl.int32)
     first = tl.maximum(tl.load(FIRST + batch * first_stride + row), 0).to(tl.int32)
@@ -155,7 +157,7 @@ def _decode_kernel(
 
     # Keys of this part: an equal share, in whole tiles.
     tiles = tl.cdiv(tl.maximum(last - first, 0), COLUMN_BLOCK * splits)
-    begin = first + tl.program_id(0) * tiles * COLUMN_BLOCK
+    begin = first + split * tiles * COLUMN_BLOCK
     end = tl.minimum(begin + tiles * COLUMN_BLOCK, last)
     accumulator = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
@@ -174,12 +176,14 @@ def _decode_kernel(
             change = _next_change(behind_all, behind_any, ahead_any, ahead_all, leftmost, COLUMN_BLOCK)
             slope, constant = tl.load(slopes + low) * LOG2E, tl.load(offsets + low) * LOG2E
         behind = (query - origin).to(tl.float32)
-        x = _units(behind, offset[None, :], c, True, TRANSFORM, FAST) * (scale * unit)
-        scores = product * (scaling * LOG2E) + (x * slope[:, None] + constant[:, None])
-        if high > low:
-            for knot in range(low, high):
-                steeper = (tl.load(slopes + knot + 1) - tl.load(slopes + knot)) * LOG2E
-                scores += steeper[:, None] * tl.maximum(x - tl.load(KNOTS + knot), 0.0)
+        scores = product * (scaling * LOG2E)
+        if TRANSFORM != "none":
+            x = _units(behind, offset[None, :], c, True, TRANSFORM, FAST) * (scale * unit)
+            scores += x * slope[:, None] + constant[:, None]
+            if high > low:
+                for knot in range(low, high):
+                    steeper = (tl.load(slopes + knot + 1) - tl.load(slopes + knot)) * LOG2E
+                    scores += steeper[:, None] * tl.maximum(x - tl.load(KNOTS + knot), 0.0)
         column = start + tl.arange(0, COLUMN_BLOCK)
         scores = tl.where((visible & (column < end))[None, :], scores, float("-inf"))
         raised = tl.maximum(largest, tl.max(scores, 1))
@@ -190,7 +194,7 @@ def _decode_kernel(
         accumulator = _dot(weights.to(v.dtype), v, accumulator * shrink[:, None], FAST)
         largest = raised
 
-    part = tl.program_id(1).to(tl.int64) * splits + tl.program_id(0)
+    part = instance.to(tl.int64) * splits + split
     tl.store(PART + (part * GROUP_BLOCK + member[:, None]) * DIM_BLOCK + dim[None, :], accumulator)
     tl.store(TOTALS + part * 2 * GROUP_BLOCK + member, largest)
     tl.store(TOTALS + (part * 2 + 1) * GROUP_BLOCK + member, total)
@@ -217,8 +221,8 @@ def _combine_kernel(
     top = tl.max(largest, 0)
     share = tl.math.exp2(largest - top)
     total = tl.sum(total * share, 0)
-    output = tl.sum(parts * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    output = tl.sum(parts * share[:, None], 0) / tl.where(total != 0.0, total, 1.0)
     out_base = OUT + batch.to(tl.int64) * out_batch + head.to(tl.int64) * out_head + row.to(tl.int64) * out_row
     tl.store(out_base + dim, output.to(OUT.dtype.element_ty), mask=dim < HEAD_DIM)
-    lse = tl.where(total > 0.0, (top + tl.log2(total)) * LN2, float("-inf"))
+    lse = tl.where(total != 0.0, (top + tl.log2(total)) * LN2, float("-inf"))  # NaN is not nothing
     tl.store(LSE + tl.program_id(0), lse)

@@ -19,6 +19,15 @@ LOWEST = tl.constexpr(-1e30)
 BEGIN, END, FULL_BEGIN, FULL_END, LAST_FAR, PRECISE, FIELDS = (tl.constexpr(n) for n in (0, 1, 2, 3, 4, 5, 8))
 
 
+@triton.jit
+def _program(across):
+    """
+    Where in a grid `(across, ...)` this program is: blocks of one sequence and head are neighbours. The grid itself is
+    flat: CUDA counts no further than 65,535 in other dimensions.
+    """
+    return tl.program_id(0) % across, tl.program_id(0) // across
+
+
 # ---------------------------------------------------------------- psi
 
 
@@ -103,10 +112,11 @@ def _reach(knot, scale, c, TRANSFORM: tl.constexpr):
 # ---------------------------------------------------------------- the plan of a row block
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_knots"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_knots", "blocks"])
 def _plan_kernel(
     QUERY, FIRST, LAST, ROW_SCALE, KNOTS, STEEPEST, C, ROWS, SCALE, BLOCKS, EDGES,
-    query_stride, first_stride, last_stride, scale_stride, num_queries, num_keys, num_knots, c_heads, tolerance,
+    query_stride, first_stride, last_stride, scale_stride, num_queries, num_keys, num_knots, c_heads, blocks,
+    tolerance,
     TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -119,8 +129,8 @@ def _plan_kernel(
       see (of those that see any), the last column at which a far tile starts, whether small `psi` matter;
     - `EDGES`, int32 `(plan batch, heads of c, row blocks, 4, KNOT_BLOCK)`: see `_locate`.
     """
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    batch, head = tl.program_id(1) // c_heads, tl.program_id(1) % c_heads
+    block, instance = _program(blocks)
+    batch, head = instance // c_heads, instance % c_heads
     rows = block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     inside = rows < num_queries
     query = tl.load(QUERY + batch * query_stride + rows, mask=inside, other=0).to(tl.int32)
@@ -283,6 +293,8 @@ def _scores(
     if FAST:
         # Costs nothing. Triton 3.6 fails on sm_90 if a branch of the loop takes the result of a dot itself.
         product = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [product], tl.float32, is_pure=True, pack=1)
+    if TRANSFORM == "none":
+        return product * sharpness
     steepness = slope * scale
     if far and high == low:
         value, rate, _ = _expand(behind, c, FAST)
