@@ -22,6 +22,17 @@ def random_qkv(queries: int, keys: int, *, batch=2, heads=4, kv_heads=2, head_di
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request, monkeypatch):
+    """Each backend in turn: the GPU kernels in Triton's interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed.")
+        if torch.cuda.is_available():
+            pytest.skip("Triton compiles for the GPU, and these tensors are on the CPU.")
+    monkeypatch.setenv("FIRE_BACKEND", request.param)
+    return request.param
+
+
 def operator_arguments(queries=11, keys=17, dtype=torch.float32):
     positions = FirePositions.arange(queries, past=keys - queries)
     bias = random_bias(4, positions, L=5.0, dtype=torch.promote_types(dtype, torch.float32))
@@ -31,7 +42,7 @@ def operator_arguments(queries=11, keys=17, dtype=torch.float32):
     return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, None, *where, bias.transform, True, 0.3)
 
 
-def test_opcheck():
+def test_opcheck(backend):
     arguments = operator_arguments()
     torch.library.opcheck(attention._opoverload, arguments)
     with torch.no_grad():
@@ -68,8 +79,10 @@ def test_gradcheck_through_the_parameters():
     torch.autograd.gradcheck(attend, inputs, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(dynamic):
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [("cpu", False), ("cpu", True), ("triton", False)], indirect=["backend"]
+)
+def test_compiles_to_one_graph(backend, dynamic):
     torch.manual_seed(0)
     bias = FirePositionBias(4, init_L=5.0)
 

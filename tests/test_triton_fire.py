@@ -16,6 +16,7 @@ import torch
 from helpers import random_ids, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import calls, padded, scattered
 from reference import dense_attention, dense_bias, double, random_bias
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,8 +134,9 @@ def errors(output, lse, gradients, expected, bias):
         assert actual.shape == wide.shape
         if name == "row_scale":
             actual, wide = row_gradient(actual, bias), row_gradient(wide, bias)
-        size = expected.sizes[name].abs().max().clamp(min=1e-3)
-        found[name] = float((actual.double() - wide).abs().max() / size)
+        if wide.numel():  # where nobody sees anything, there is no log-sum-exp
+            size = expected.sizes[name].abs().max().clamp(min=1e-3)
+            found[name] = float((actual.double() - wide).detach().abs().max() / size)
     return found
 
 
@@ -151,22 +153,6 @@ def check(positions, bias=None, *, scaling=0.3, tolerance=1e-5, inputs=None, **c
     return actual
 
 
-def left_padded(pads, length):
-    """Sequences of one length behind different numbers of pads; coordinates are indices."""
-    index = torch.arange(length)[None]
-    first = torch.tensor(pads)[:, None].expand(-1, length)
-    return FirePositions((index - first).clamp(min=0), index, index, first, index + 1, consecutive=True)
-
-
-def scattered(length, seed=0):
-    """Ascending coordinates with gaps, from 0; some keys are invisible."""
-    generator = torch.Generator().manual_seed(seed)
-    coordinate = torch.randint(0, 4, (2, length), generator=generator).cumsum(-1)
-    visible = torch.rand(2, length, generator=generator) > 0.3
-    index = torch.arange(length)[None]
-    return FirePositions(coordinate, coordinate, coordinate, torch.zeros_like(index), index + 1, visible)
-
-
 POSITIONS = {
     "causal": FirePositions.arange(50),
     "one tile": FirePositions.arange(7),
@@ -175,7 +161,7 @@ POSITIONS = {
     "bidirectional": FirePositions.arange(45, causal=False),
     "bidirectional window": FirePositions.arange(60, causal=False, window=9),
     "packed": FirePositions.packed(torch.tensor([0, 5, 24, 24, 52]), 52),
-    "left padding": left_padded([0, 19], 40),
+    "left padding": padded([0, 19], 40),
     "general": scattered(40),
     "general, all visible": scattered(40)._replace(visible=None),
     "hidden keys": FirePositions.arange(40)._replace(visible=torch.arange(40)[None] % 16 < 9),
@@ -530,25 +516,15 @@ def test_decoding_with_invisible_keys():
     check(positions._replace(first=whole.first[:, -2:], last=whole.last[:, -2:]), batch=2)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    queries=st.integers(1, 40),
-    past=st.integers(0, 30),
-    window=st.none() | st.integers(1, 40),
-    causal=st.booleans(),
-    group=st.integers(1, 3),
-    head_dim=st.integers(1, 40),
-    width=st.integers(0, 12),
-    L=st.floats(0.1, 100.0),
-    c=st.floats(1e-3, 3.0),
-    transform=st.sampled_from(["log", "power", "identity"]),
-    seed=st.integers(0, 99),
+@settings(
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_shape(queries, past, window, causal, group, head_dim, width, L, c, transform, seed):
-    positions = FirePositions.arange(queries, past=past, window=window, causal=causal)
-    bias = random_bias(group, positions, L=L, c=c, width=width, transform=transform, seed=seed, dtype=torch.float32)
-    inputs = random_inputs(positions, heads=group, head_dim=head_dim, seed=seed)
-    check(positions, bias, inputs=inputs, scaling=head_dim**-0.5)
+@given(calls(), st.integers(1, 40))
+def test_anything(call, head_dim):
+    bias = PiecewiseBias(*(x.float() if x.is_floating_point() else x for x in call.bias.tensors), call.bias.transform)
+    sizes = {name: getattr(call, name) for name in ("heads", "kv_heads", "batch", "seed")}
+    inputs = random_inputs(call.positions, **sizes, head_dim=head_dim)
+    check(call.positions, bias, inputs=inputs, scaling=head_dim**-0.5)
 
 
 def test_a_model_on_the_kernels(monkeypatch):

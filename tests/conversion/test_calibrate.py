@@ -102,7 +102,7 @@ def test_fit_brings_the_attention_nearer(kept, name, keep_fast):
 
 @torch.no_grad()
 def test_fit_leaves_alone_what_no_rotation_turned(kept):
-    """In float64: of what rounding leaves of a gradient, the small ridge makes a thousand times as much of a weight."""
+    """In float64: what rounding leaves of a gradient moves weights a thousand times as far, so small is the ridge."""
     attention, original, inputs, (cos, sin), positions = layer_problem(kept(checkpoints.llama()).double())
     still = torch.ones_like(cos), torch.zeros_like(sin)
     assert fit(attention, inputs, still, None, positions).max() < 1e-12

@@ -16,10 +16,12 @@ import yaml
 from checkpoints import bloom, llama, save_tokenizer
 from helpers import ENVIRONMENT, ROOT, execute, recipe_command
 from retrofit import load, retrofit
-from retrofit_settings import Retrofit
+from retrofit_plan import with_sampled
+from retrofit_settings import FREE, Retrofit
 from settings import SettingsError, changed, parse_changes, read_fields
+from test_sources import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from windows import as_dataset, read_windows, split
+from windows import Windows, as_dataset, read_windows, split
 
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
 
@@ -95,13 +97,19 @@ def test_wrong_settings_are_refused(settings):
     refused("must be 'drop', 'fast' or 'keep', got 'kept'", model__rotation="kept")
     refused(r"`data.length` \(16\) is not among", data__length=16)
     refused(r"num_targets` \(40\) do not fit", evaluation__num_targets=40)
-    refused("held-out 20% of .*text.txt have .* windows of 65 tokens, not 400", evaluation__num_windows=400)
+    refused("windows of 65 tokens in the held-out 20% of .*text.txt, not 400", evaluation__num_windows=400)
     refused("num_targets` \\(0\\) do not fit", evaluation__num_targets=0)
     refused("training windows; one step takes 4000", training__per_device_train_batch_size=4000)
     refused("TrainingArguments has no field `max_step` .* `max_steps`", training__max_step=3)
     refused("`training`: `learning_rate` must be a number, got 'fast'", training__learning_rate="fast")
     refused("`training`: `learning_rate` must be a number, got None", training__learning_rate=None)
-    refused("unexpected keyword argument 'algin'", model__calibrate={"algin": True})
+    refused("CalibrationOptions has no field `algin` .* `align`", model__calibrate={"algin": True})
+    refused("`model.calibrate` has fields of its own, got True", model__calibrate=True)
+    refused("`model.calibrate`: Field 'align' expected bool, got str .*'no'", model__calibrate={"align": "no"})
+    refused(r"`model.calibrate`: Field 'tokens' expected int, got float .*320.0", model__calibrate={"tokens": 3.2e2})
+    refused("`model.calibrate`: Field 'text' .* expected str, got int", model__calibrate={"text": 5})
+    for length in (0, 3.5, "long", True):
+        refused("`model.max_length` must be a whole number of tokens, got", model__max_length=length)
     refused("`fraction` must be in", heal__anneal=2)
     refused("`model.source`: .*/nowhere cannot be loaded", model__source=f"{settings['output_dir']}/nowhere")
     refused("`heal` has fields of its own, got None", heal=None)
@@ -112,20 +120,89 @@ def test_wrong_settings_are_refused(settings):
         refused(r"`heal.distill` must be a number in \(0, 1\], got", heal__distill=weight)
     for multiplier in (0, -1.0, math.inf, math.nan, "3", None):
         refused("`heal.bias_lr_multiplier` must be a positive number, got", heal__bias_lr_multiplier=multiplier)
+    refused("`heal.teacher_device` is for the teacher of `heal.distill`", heal__teacher_device="cpu")
+    for device in ("nonsense", "meta", "cuda:99"):
+        refused(f"there is no device '{device}'", heal={"distill": 0.5, "teacher_device": device})
     for rope in ({"rope_parameters": {"rope_type": "default"}}, {"rope_parameters.rope_theta": 5e5}):
         refused("`model.rotation: drop` and `model.config.rope_parameters` contradict", model__config=rope)
+    refused("and `model.config.rope_max_period` contradict", model__config={"rope_max_period": 8})
     linear = {"rope_parameters": {"rope_type": "linear"}}
     refused("`model.config`: .*'factor'", model__rotation="keep", model__config=linear)
-    refused("`model.config`: .*`fire_mlp_depth` must be 1 or 2", model__config={"fire_mlp_depth": 3})
+    refused("`model.config`: .*`attention_dropout` must be in", model__config={"attention_dropout": 2.0})
     refused("`heal.lora`: No modules were targeted for adaptation", heal__lora={"target_modules": ["query"]})
 
 
-def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path):
-    highest = max(save_tokenizer(tmp_path / "other").get_vocab().values())
+@pytest.mark.parametrize("where", ["data", "evaluation"])
+def test_a_tokenizer_of_another_model_is_refused(settings, tmp_path, where):
+    tokenizer = save_tokenizer(tmp_path / "other")
+    highest = len(tokenizer) - 1
     llama(vocab_size=highest).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=f"tokens up to number {highest}, the model only {highest} of them"):
+    (tmp_path / "text.txt").write_text(8000 * tokenizer.decode(highest))
+    settings["data"]["held_out"] = None
+    settings[where]["text"] = str(tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=f"makes token number {highest} of a text, and the model has {highest}"):
         run(settings, model__source=str(tmp_path / "other"))
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_gguf_whose_tokenizer_has_a_token_too_many(settings, tmp_path):
+    """transformers adds one, which no text has."""
+    write_gguf(tmp_path / "gguf", tied=True)
+    model = {"source": str(tmp_path / "gguf"), "gguf_file": "model.gguf", "calibrate": {"tokens": 640}}
+    result = run(settings, model=model, heal__distill=0.5, training__max_steps=2)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert max(tokenizer.get_vocab().values()) >= load(tmp_path / "out" / "model").config.vocab_size
+    assert all(math.isfinite(loss) for losses in result["loss"].values() for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"fire_init_L": 100}, {"fire_init_c": 0.1}, {"fire_init_f": "uniform"}, {"fire_transform": "power"}),
+        *({"fire_activation": "gelu"}, {"fire_share_layers": True}, {"fire_mlp_width": 8}, {"num_hidden_layers": 1}),
+        *({"qk_norm": True}, {"vocab_size": 98}, {"num_attention_heads": 2}, {"tie_word_embeddings": True}),
+        *({"hidden_act": "gelu"}, {"dtype": "bfloat16"}),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_that_is_not_of_the_converted_weights_is_refused(settings, change):
+    with pytest.raises(
+        SettingsError, match=f"`model.config.{next(iter(change))}` is settled by the weights that are converted"
+    ):
+        run(settings, model__config={"position_bias": "none", **change})
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_a_config_may_change_where_the_converted_weights_stay(source, tmp_path):
+    convert(source, tmp_path / "fire", rotation="keep")
+    converted = load(tmp_path / "fire").state_dict()
+    changes = {
+        "position_bias": ("alibi", "kerple_log", "kerple_power", "t5", "sandwich", "none"),
+        "rope_parameters": (None, {"rope_type": "yarn", "factor": 4.0}),
+        "rope_max_period": (8.0,),
+        "attention_dropout": (0.1,),
+        "max_position_embeddings": (64,),
+        "use_cache": (False,),
+        "pad_token_id": (None,),
+        "bos_token_id": (2,),
+        "eos_token_id": (3,),
+    }
+    assert list(changes) == list(FREE)
+    for name, values in changes.items():
+        for value in values:
+            state = load(tmp_path / "fire", {name: value}).state_dict()
+            names = {each for each in converted if name != "position_bias" or ".position_bias." not in each}
+            assert names <= set(state) and all(torch.equal(state[each], converted[each]) for each in names)
+
+
+def test_the_initial_length_is_that_of_the_conversion(settings, tmp_path):
+    run(settings, model__max_length=100, training__max_steps=2)
+    model = load(tmp_path / "out" / "model")
+    assert model.config.fire_init_L == 100
+    assert all(layer.self_attn.position_bias.init_L == 100 for layer in model.model.layers)
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(SystemExit, match="out/converted was made with other settings"):
+        run(settings, model__max_length=200)
 
 
 def test_what_trainer_refuses_is_one_error_and_costs_no_conversion(settings, tmp_path, monkeypatch):
@@ -261,14 +338,134 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(settings, tmp_path, monkeypa
     assert run(changed(settings, changes)) == undisturbed
 
 
-def test_a_run_is_not_continued_with_other_settings(settings):
+def test_a_killed_conversion_goes_on(settings, tmp_path):
+    """Killed while it calibrates; what that left goes."""
+    settings["model"]["calibrate"] = {"tokens": 4800}
+    undisturbed = run(settings, output_dir=str(tmp_path / "whole"))
+    process = subprocess.Popen([sys.executable, *command(settings)], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    out, deadline = tmp_path / "out", time.monotonic() + 60
+    while not any(out.glob("**/*.partial-*/**/config.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert any(out.glob("**/*.partial-*")) and not (out / "converted").exists(), "killed too late to test anything"
+    assert run(settings) == undisturbed
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert not any(out.glob("**/*.partial-*"))
+
+
+def test_a_run_is_not_continued_with_other_settings(settings, monkeypatch):
     run(settings)
     with pytest.raises(SystemExit, match="was made with other settings"):
         run(settings, data__held_out=0.3)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(
+        SettingsError, match="out was begun with 4 windows a step, not 8: go on with as many processes"
+    ):
+        run(settings)
 
 
-def test_two_processes_do_what_one_does(settings, tmp_path):
+def test_the_teacher_may_be_on_another_device(settings, tmp_path):
+    one = run(settings, output_dir=str(tmp_path / "one"), heal={"distill": 0.5})
+    assert run(settings, heal={"distill": 0.5, "teacher_device": "cpu"}) == one
+
+
+def test_bfloat16_with_distillation_and_annealing(settings, tmp_path):
     heal = {"distill": 0.5, "anneal": 0.5}
+    one = run(settings, output_dir=str(tmp_path / "one"), heal=heal)
+    two = run(settings, heal=heal, training__bf16=True)
+    assert two["train_loss"] != one["train_loss"], "it is computed in another type"
+    for name in ("train_loss", "eval_loss"):
+        assert list(two[name].values()) == pytest.approx(list(one[name].values()), rel=0.02), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.rope_parameters is None and model.dtype == torch.float32
+
+
+# Text that the source writes
+
+
+@pytest.fixture
+def sampling(settings) -> dict:
+    data = {"text": "sample", "length": 32, "tokens": 1300}
+    return {**settings, "data": data, "evaluation": {"contexts": [16, 32], "num_targets": 8, "num_windows": 8}}
+
+
+def test_the_source_writes_the_text(sampling, source, tmp_path, monkeypatch):
+    """Once: a run that was killed goes on with the same."""
+    undisturbed = run(
+        sampling, output_dir=str(tmp_path / "whole"), heal__distill=0.5, model__calibrate={"tokens": 640}
+    )
+    windows = with_sampled(Windows([], torch.empty(0), torch.empty(0)), tmp_path / "whole")
+    assert windows.train.shape == (40, 32) and windows.held_out.shape == (8, 33)
+    assert (windows.train[:, 0] == 1).all() and (windows.held_out[:, 0] == 1).all()  # its `bos_token_id`
+    assert not (windows.train[:8] == windows.held_out[:, :32]).all(-1).any(), "it is not what is trained on"
+    # It is the source's: nothing that one reads is as likely to it.
+    model, text = AutoModelForCausalLM.from_pretrained(source), (source / "text.txt").read_text()
+    read = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt").input_ids[:, :1280].view(40, 32)
+    with torch.no_grad():
+        assert model(windows.train, labels=windows.train).loss < model(read, labels=read).loss - 0.5
+
+    changes = {"heal__distill": 0.5, "model__calibrate": {"tokens": 640}}
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr("retrofit.convert", None)
+        run(sampling, **changes)
+    assert not (tmp_path / "out" / "converted").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("retrofit.sampled_windows", None)
+        assert run(sampling, **changes) == undisturbed
+    with pytest.raises(SystemExit, match="out/sampled was made with other settings"):
+        run(sampling, data__tokens=1400, **changes)
+    with pytest.raises(SystemExit, match="out/sampled was made with other settings"):
+        run(sampling, training__seed=7, **changes)
+
+
+def test_another_text_is_evaluated_on(settings, sampling, source, tmp_path, monkeypatch):
+    """At any length beside one that is sampled; of one that is read nothing is held out then."""
+    text = str(source / "text.txt")
+    read = run(settings, data__held_out=None, evaluation__text=text, output_dir=str(tmp_path / "read"))
+    evaluation = {**settings["evaluation"], "text": text}
+    result = run(sampling, evaluation=evaluation)
+    assert result["eval_loss"][0] == read["eval_loss"][0], "the same tokens"
+    assert [len(losses) for losses in result["loss"].values()] == [4, 4]
+
+    def spy(source, out, calibrate, **kwargs):
+        assert "".join(calibrate.text) == Path(text).read_text()
+        raise InterruptedError
+
+    monkeypatch.setattr("retrofit.convert", spy)
+    settings["output_dir"] = str(tmp_path / "spied")
+    with pytest.raises(InterruptedError):
+        run(settings, data__held_out=None, evaluation__text=text, model__calibrate={})
+
+
+def test_what_cannot_be_sampled_is_refused(settings, sampling, source, tmp_path):
+    def refused(message, settings=sampling, **changes):
+        with pytest.raises(ValueError, match=message):
+            run(settings, **changes)
+        assert not Path(settings["output_dir"]).exists()
+
+    text = str(source / "text.txt")
+    refused("`data.tokens` says how many to sample, .* got None with 'sample'", data__tokens=None)
+    refused("`data.tokens` says how many to sample, a whole number: .* got 1000.0", data__tokens=1e3)
+    refused("`data.tokens` .* goes with `data.text: sample`, got 99 with", settings=settings, data__tokens=99)
+    refused("`data.held_out` is for a text that is read", data__held_out=0.2)
+    refused("`data.held_out` is for a text .* no `evaluation.text`", settings=settings, evaluation__text=text)
+    refused("`data.documents` is for texts that are read", data__documents=3)
+    refused("sample has 3 training windows; one step takes 4", data__tokens=127)
+    longer = {"evaluation__contexts": [32, 64]}
+    refused("was trained on 32 tokens and writes no 64: lower `data.length`, or `evaluation.contexts`", **longer)
+    refused("was trained on 32 tokens and writes no 64", data__length=64, evaluation__text=text, **longer)
+    refused("windows of 33 tokens in .*text.txt, not 400", evaluation__text=text, evaluation__num_windows=400)
+    convert(source, tmp_path / "fire")
+    refused("`data.text: sample` take a `model.source` with its whole", model__source=str(tmp_path / "fire"))
+    llama(bos_token_id=None, eos_token_id=None).save_pretrained(tmp_path / "endless")
+    save_tokenizer(tmp_path / "endless")
+    refused("has no `bos_token_id` to start a text with", model__source=str(tmp_path / "endless"))
+
+
+def test_two_processes_do_what_one_does(settings, sampling, source, tmp_path):
+    heal = {"distill": 0.5, "anneal": 0.5}
+    settings = {**sampling, "evaluation": {**settings["evaluation"], "text": str(source / "text.txt")}}
     one = run(settings, output_dir=str(tmp_path / "one"), heal=heal)
     both = changed(settings, {"heal": heal, "training.per_device_train_batch_size": 2, "training.ddp_backend": "gloo"})
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -325,8 +522,9 @@ def test_what_is_converted_is_healed_as_its_source_is(settings, source, tmp_path
 def test_of_what_is_converted_is_refused_what_is_too_late(settings, source, tmp_path):
     convert(source, tmp_path / "fire")
     for message, changes in {
-        ".*/fire is converted already: `model.calibrate` and": {"model__calibrate": {}},
-        "`heal.distill`: the teacher is `model.source`": {"heal__distill": 0.5},
+        ".*/fire is converted already: `model.calibrate`, `model.max_length` and": {"model__calibrate": {}},
+        ".*/fire is converted already: `model.calibrate`, `model.max_length`": {"model__max_length": 100},
+        "`heal.distill` and `data.text: sample` take a `model.source`": {"heal__distill": 0.5},
         ".*/fire has no rotation to keep or to anneal": {"heal__anneal": 0.5},
     }.items():
         with pytest.raises(SettingsError, match=message):

@@ -8,9 +8,14 @@ from statistics import mean
 import pytest
 import yaml
 from checkpoints import llama, save_tokenizer
+from grid import run_grid
 from helpers import ROOT, execute, recipe_command
+from retrofit import load
 from retrofit_study import Study
+from safetensors.torch import load_file
 from settings import read_fields
+
+from modeling_fire.evaluation import loss_by_context
 
 
 def run(study: dict, *changes: str) -> subprocess.CompletedProcess:
@@ -70,6 +75,20 @@ def test_run_resume_and_result(study, tmp_path):
     assert second.returncode == 0, second.stderr
     assert "DroPE, seed 0" in second.stdout and "FIRE, seed 0" not in second.stdout
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what is finished is not run again"
+
+
+def test_what_was_sampled_is_measured_on_again(study, tmp_path):
+    """By what is not trained: the text lies with the model."""
+    study["base"]["data"] = {"text": "sample", "length": 32, "tokens": 640}
+    study["base"]["evaluation"]["contexts"] = [32]
+    study["seeds"] = [0]
+    results = run_grid(read_fields(Study, study).jobs())
+    trained, tested = (results[variant][0]["loss"]["32"] for variant in ("RoPE", "RoPE as PI"))
+    assert len(trained) == len(tested) == 2 and trained != tested
+    folder = tmp_path / "out" / "RoPE-seed0"
+    windows = load_file(folder / "sampled" / "windows.safetensors")["held_out"]
+    again = loss_by_context(load(folder / "model"), windows, [32], 8)[32]
+    assert again == pytest.approx(trained, rel=1e-5)
 
 
 def test_a_variant_of_a_variant_that_is_not_trained_is_refused(study):
