@@ -12,7 +12,7 @@ from modeling_fire.conversion import check_out
 from modeling_fire.evaluation.loading import LOADING_ERRORS
 
 
-def open_pretrained(source: str, field: str, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def read_pretrained(source: str, field: str, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """
     Args:
         source (`str`): a folder, or a name on the Hub.
@@ -24,13 +24,20 @@ def open_pretrained(source: str, field: str, **options: Any) -> tuple[Any, PreTr
         `tuple[PreTrainedConfig, PreTrainedTokenizerBase]`: as they are saved.
 
     Raises:
-        SettingsError: if there is no such model, or if its tokenizer has tokens that it does not know.
+        SettingsError: if there is no such model.
     """
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return AutoConfig.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **options)
     except LOADING_ERRORS as error:  # which may say what went wrong, and not with what
         raise SettingsError(f"`{field}`: {source} cannot be loaded: {error}") from error
+
+
+def open_pretrained(source: str, field: str, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """
+    [`read_pretrained`] for those who do not look at the tokens of their text: raises [`SettingsError`] as well if the
+    tokenizer has tokens that the model does not know.
+    """
+    config, tokenizer = read_pretrained(source, field, **options)
     highest, known = max(tokenizer.get_vocab().values()), config.get_text_config().vocab_size
     if highest >= known:
         raise SettingsError(

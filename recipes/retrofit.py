@@ -18,21 +18,24 @@ from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, origin, print_perplexities, read_finished, run_once, write_json
 from peft import PeftModel, get_peft_model
 from pretrained import copy_pretrained
-from retrofit_plan import Plan, changed_config
+from retrofit_plan import SAMPLED, WINDOWS, Plan, changed_config, with_sampled
 from retrofit_settings import Retrofit
-from settings import settings_from_command_line
+from safetensors.torch import save_file
+from settings import SettingsError, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
     default_data_collator,
     set_seed,
 )
 from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
-from modeling_fire.conversion import convert
+from modeling_fire.conversion import check_out, convert
+from modeling_fire.conversion.text import sampled_windows
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.training import FireTrainer
 
@@ -41,21 +44,25 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     """Does what is not done yet; returns the result, which is empty on all processes but the main one."""
     # 1. What is wrong with the settings or the text shows before any work.
     plan = Plan.of(run)
-    arguments, windows, output = plan.arguments, plan.windows, Path(run.output_dir)
+    arguments, output = plan.arguments, Path(run.output_dir)
     converted, settings, checkpoint = output / "converted", "settings.json", last_checkpoint(arguments.output_dir)
     # What is there is gone on with only if it was made with these settings. What was refused left nothing to describe.
+    read_finished(output / SAMPLED / settings, run.sampling)
     read_finished(converted / settings, run.conversion)
-    if checkpoint is not None:
-        read_finished(output / settings, run.settings)
+    begun = None if checkpoint is None else read_finished(output / settings, run.settings)
+    if begun is not None and begun["windows_per_step"] != plan.windows_per_step:
+        raise SettingsError(
+            f"{output} was begun with {begun['windows_per_step']} windows a step, not {plan.windows_per_step}: go on "
+            "with as many processes as then, or choose another `output_dir`."
+        )
 
-    # 2. Convert and calibrate, if that is not done: once, while the other processes wait.
+    # 2. Sample, convert and calibrate, as far as that is not done: once, while the other processes wait.
     with arguments.main_process_first(local=False):
+        if run.data.is_sampled and not (output / SAMPLED).exists():
+            sample(run, arguments)
         if not (converted / settings).exists():
-            if plan.is_fire:
-                copy_pretrained(run.model.source, converted, run.model.revision)
-            else:
-                convert(run.model.source, converted, rotation=run.rotation, calibrate=plan.calibrate, **run.source)
-            write_json(converted / settings, {"settings": run.conversion})
+            make_converted(run, plan, converted)
+    windows = with_sampled(plan.windows, output)
 
     # 3. Heal, in float32; `training.bf16` computes in bfloat16.
     changes = run.changes
@@ -66,9 +73,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     check_room(output, model.num_parameters(only_trainable=True), arguments)
     distillation: dict[str, Any] = {}
     if run.heal.distill is not None:
-        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        teacher: Any = AutoModelForCausalLM.from_pretrained(run.model.source, dtype=dtype, **run.source)
-        teacher.to(run.heal.teacher_device or arguments.device)
+        teacher = original(run, arguments).to(run.heal.teacher_device or arguments.device)
         distillation = {"teacher": teacher, "distillation_weight": run.heal.distill}
     arguments.eval_on_start &= checkpoint is None  # the start is step 0, not where the run goes on
     with blamed_on("training"):
@@ -84,7 +89,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
             **distillation,
         )
     if trainer.is_world_process_zero():
-        write_json(output / settings, {"settings": run.settings})
+        write_json(output / settings, {"settings": run.settings, "windows_per_step": plan.windows_per_step})
     train_from(trainer, checkpoint)
     trainer.save_model(str(output / "trained"))
     if not trainer.is_world_process_zero():
@@ -108,6 +113,44 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
         "tokens_per_step": plan.windows_per_step * run.data.length,
         **origin(),
     }
+
+
+def make_converted(run: Retrofit, plan: Plan, converted: Path) -> None:
+    """As `converted`, once it is whole and says what it was made with. All that a killed run leaves of it goes."""
+    check_out(converted, run.model.source, overwrite=False)
+    unfinished = converted.with_name(f"{converted.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    folder = unfinished / converted.name
+    if plan.is_fire:
+        copy_pretrained(run.model.source, folder, run.model.revision)
+    else:
+        options = {"rotation": run.rotation, "max_length": run.model.max_length, **run.source}
+        convert(run.model.source, folder, calibrate=plan.calibrate, **options)
+    write_json(folder / "settings.json", {"settings": run.conversion})
+    folder.rename(converted)
+    unfinished.rmdir()
+
+
+def original(run: Retrofit, arguments: TrainingArguments) -> Any:
+    """The source, in the type that is computed in."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    return AutoModelForCausalLM.from_pretrained(run.model.source, dtype=dtype, **run.source)
+
+
+def sample(run: Retrofit, arguments: TrainingArguments) -> None:
+    """Has the source write what is trained on, and what is held out where there is no text for it."""
+    model, batch_size = original(run, arguments).to(arguments.device), arguments.per_device_eval_batch_size
+    length, longest = run.data.length, max(run.evaluation.contexts) + 1
+    windows = {"train": sampled_windows(model, length, run.data.tokens // length, arguments.seed, batch_size)}
+    if run.evaluation.text is None:  # from another seed: it shall not be what is trained on
+        count = run.evaluation.num_windows
+        windows["held_out"] = sampled_windows(model, longest, count, arguments.seed + 1, batch_size)
+    folder = Path(run.output_dir) / SAMPLED
+    unfinished = folder.with_name(f"{SAMPLED}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    save_file(windows, unfinished / WINDOWS)
+    write_json(unfinished / "settings.json", {"settings": run.sampling})
+    unfinished.rename(folder)
 
 
 def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM:

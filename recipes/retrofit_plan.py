@@ -2,15 +2,16 @@
 
 import json
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
-from pretrained import open_pretrained
+from pretrained import read_pretrained
 from retrofit_settings import Retrofit
+from safetensors.torch import load_file
 from settings import SettingsError, changed
 from training_arguments import blamed_on, training_arguments
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -20,7 +21,13 @@ from windows import Windows, read_windows
 
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.conversion import FAMILIES, RECORD_NAME, CalibrationOptions, fire_configs
+from modeling_fire.conversion.calibrate import SAMPLE
+from modeling_fire.conversion.text import check_tokens, start_token
 from modeling_fire.training import RotationAnnealing
+
+
+# What the source wrote: a folder of the outputs, and a file in it.
+SAMPLED, WINDOWS = "sampled", "windows.safetensors"
 
 
 @dataclass
@@ -29,7 +36,7 @@ class Plan:
 
     arguments: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
-    windows: Windows
+    windows: Windows  # without those that are still to be sampled
     windows_per_step: int
     is_fire: bool  # the source is converted already
     calibrate: CalibrationOptions | None
@@ -43,22 +50,27 @@ class Plan:
             arguments = training_arguments(Path(run.output_dir), run.training)
             if is_deepspeed_zero3_enabled():
                 raise ValueError("ZeRO-3 shards what this recipe converts and measures on one process: take FSDP2.")
-            config, tokenizer = open_pretrained(run.model.source, "model.source", **run.source)
+            config, tokenizer = read_pretrained(run.model.source, "model.source", **run.source)
             check_source(run, config)
+            fire = fire_config(run, config)
+            if run.data.is_sampled:
+                check_sample(run, fire)
+            check_device(run.heal.teacher_device)
             windows = windows_of(run, tokenizer)
+            check_tokens(windows.train, fire.vocab_size)
+            check_tokens(windows.held_out, fire.vocab_size)
             per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-            if len(windows.train) < per_step:
-                raise ValueError(
-                    f"{run.data.text} has {len(windows.train)} training windows; one step takes {per_step}."
-                )
+            count = run.data.tokens // run.data.length if run.data.is_sampled else len(windows.train)
+            if count < per_step:
+                raise ValueError(f"{run.data.text} has {count} training windows; one step takes {per_step}.")
             calibrate, lora = None, None
             if run.model.calibrate is not None:
-                texts = {"text": windows.train_texts, "seed": arguments.seed}
+                texts = {"text": SAMPLE if run.data.is_sampled else windows.train_texts, "seed": arguments.seed}
                 calibrate = CalibrationOptions(**{**texts, **run.model.calibrate})
             if run.heal.lora is not None:
                 trained = sorted({"position_bias", *run.heal.lora.get("modules_to_save", ())})
                 lora = LoraConfig(**{"task_type": "CAUSAL_LM", **run.heal.lora, "modules_to_save": trained})
-            check_model(run, config, lora)
+            check_model(run, fire, lora)
             annealing = None if run.heal.anneal is None else RotationAnnealing(run.heal.anneal)
             is_fire = isinstance(config, FireConfig)
             return cls(arguments, tokenizer, windows, per_step, is_fire, calibrate, lora, annealing)
@@ -67,11 +79,37 @@ class Plan:
 
 
 def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """The text of a run, tokenised."""
-    data, longest = run.data, max(run.evaluation.contexts) + 1
-    return read_windows(
-        data.text, tokenizer, data.length, data.held_out, longest, run.evaluation.num_windows, data.documents
-    )
+    """The text of a run, tokenised, as far as it is there: see [`with_sampled`] for the rest."""
+    data, evaluation, longest = run.data, run.evaluation, max(run.evaluation.contexts) + 1
+    text = () if data.is_sampled else data.text
+    count = 0 if data.is_sampled and evaluation.text is None else evaluation.num_windows
+    return read_windows(text, tokenizer, data.length, run.held_out, longest, count, data.documents, evaluation.text)
+
+
+def with_sampled(windows: Windows, folder: Path) -> Windows:
+    """Together with those that were sampled into `folder`, if any were."""
+    path = folder / SAMPLED / WINDOWS
+    sampled: dict[str, Any] = load_file(path) if path.exists() else {}
+    return replace(windows, **sampled)
+
+
+def check_sample(run: Retrofit, config: FireConfig) -> None:
+    """Raises a ValueError if the source of the converted model's `config` cannot write what is asked of it."""
+    start_token(config)
+    lengths = [run.data.length] if run.evaluation.text is not None else run.evaluation.contexts
+    if max(lengths) > config.max_position_embeddings:
+        raise ValueError(
+            f"`data.text: sample`: {run.model.source} was trained on {config.max_position_embeddings} tokens and "
+            f"writes no {max(lengths)}: lower `data.length`, or `evaluation.contexts` without an `evaluation.text`."
+        )
+
+
+def check_device(name: str | None) -> None:
+    """Raises a ValueError if there is no such device to put the teacher on."""
+    try:
+        torch.zeros(1, device=name).tolist()  # which the device "meta" has not
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"`heal.teacher_device`: there is no device {name!r} here.") from error
 
 
 def check_source(run: Retrofit, config: PreTrainedConfig) -> None:
@@ -83,17 +121,17 @@ def check_source(run: Retrofit, config: PreTrainedConfig) -> None:
         if rotation != "drop" and FAMILIES[config.model_type].alibi_slopes is not None:
             raise ValueError(f"{config.model_type} has no rotation to keep or to anneal.")
         return
-    if run.model.calibrate is not None or rotation == "fast":
+    if run.model.calibrate is not None or run.model.max_length is not None or rotation == "fast":
         raise ValueError(
-            f"{run.model.source} is converted already: `model.calibrate` and `model.rotation: fast` are for what is "
-            "not. `fire convert` has both."
+            f"{run.model.source} is converted already: `model.calibrate`, `model.max_length` and `model.rotation: "
+            "fast` are for what is not. `fire convert` has them."
         )
     if rotation == "keep" and config.rope_parameters is None:
         raise ValueError(f"{run.model.source} has no rotation to keep or to anneal.")
     if rotation == "drop" and config.rope_max_period is not None:
         raise ValueError(f"{run.model.source} was converted to keep part of its rotation: set `model.rotation: keep`.")
-    if run.heal.distill is not None and is_changed(run, config):
-        raise ValueError("`heal.distill`: the teacher is `model.source`, which has to be with its whole rotation.")
+    if (run.heal.distill is not None or run.data.is_sampled) and is_changed(run, config):
+        raise ValueError("`heal.distill` and `data.text: sample` take a `model.source` with its whole rotation.")
 
 
 def is_changed(run: Retrofit, config: FireConfig) -> bool:
@@ -108,10 +146,15 @@ def is_changed(run: Retrofit, config: FireConfig) -> bool:
     )
 
 
-def check_model(run: Retrofit, config: PreTrainedConfig, lora: LoraConfig | None) -> None:
+def fire_config(run: Retrofit, config: PreTrainedConfig) -> FireConfig:
+    """That of the converted model, whose source has this `config`."""
+    if isinstance(config, FireConfig):
+        return config
+    return fire_configs(FAMILIES[config.model_type], config, run.rotation, run.model.max_length)[1]
+
+
+def check_model(run: Retrofit, config: FireConfig, lora: LoraConfig | None) -> None:
     """Makes the model of the training without its weights: FIRE or PEFT may refuse it, which would be late else."""
-    if not isinstance(config, FireConfig):
-        _, config = fire_configs(FAMILIES[config.model_type], config, run.rotation, None)
     try:
         config = changed_config(config, run.changes)
     except (KeyError, StrictDataclassError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from retrofit import load, measure, retrofit
-from retrofit_plan import windows_of
+from retrofit_plan import windows_of, with_sampled
 from retrofit_settings import Retrofit
 from settings import changed, one_line_errors, read_fields, settings_from_command_line
 from transformers import AutoTokenizer
@@ -62,7 +62,7 @@ class Study:
     def measure_changed(self, variant: str, seed: int) -> dict[str, Any]:
         """Measures another variant's model with changes to its config."""
         run, folder = self.run(variant, seed), self.folder(self.variants[variant]["from"], seed) / "model"
-        windows = windows_of(run, AutoTokenizer.from_pretrained(folder))
+        windows = with_sampled(windows_of(run, AutoTokenizer.from_pretrained(folder)), folder.parent)
         return {"loss": measure(run, load(folder, run.model.config), windows)}
 
     def jobs(self) -> list[Job]:

@@ -1,6 +1,7 @@
 """Text as windows of tokens: the beginning to train on, the end to evaluate."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -26,34 +27,40 @@ class Windows:
 
 
 def read_windows(
-    text: str,
+    text: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     held_out: float,
     held_out_length: int,
     num_windows: int,
     documents: int | None = None,
+    other: str | None = None,
 ) -> Windows:
     """
     Args:
-        text (`str`): a file or a dataset, see [`~modeling_fire.conversion.text.read_texts`].
+        text (`str` or `Sequence[str]`):
+            A file or a dataset, see [`~modeling_fire.conversion.text.read_texts`], or the documents themselves.
         tokenizer (`PreTrainedTokenizerBase`): also gives each document its special tokens.
         length (`int`): tokens in a window for training.
         held_out (`float`): share of the text, in characters.
         held_out_length (`int`): tokens in a held-out window.
         num_windows (`int`): how many of these.
         documents (`int`, *optional*): read no more than these.
+        other (`str`, *optional*): a text that is held out instead of a share of the first.
 
     Raises:
         ValueError: if the held-out text is too short.
     """
     train_texts, held_out_texts = split(list(islice(read_texts(text), documents)), held_out)
+    if other is not None:
+        held_out_texts = list(islice(read_texts(other), documents))
     train = token_windows(train_texts, tokenizer, length, sys.maxsize)
     windows = token_windows(held_out_texts, tokenizer, held_out_length, sys.maxsize)
     if len(windows) < num_windows:
+        where = f"the held-out {held_out:.0%} of {text}" if other is None else other
         raise ValueError(
-            f"The held-out {held_out:.0%} of {text} have {len(windows)} windows of {held_out_length} tokens, not "
-            f"{num_windows}: take more text, hold out more of it, or evaluate fewer or shorter windows."
+            f"There are {len(windows)} windows of {held_out_length} tokens in {where}, not {num_windows}: take more "
+            "text, hold out more of it, or evaluate fewer or shorter windows."
         )
     return Windows(train_texts, train, windows[torch.arange(num_windows) * len(windows) // num_windows])
 
