@@ -407,9 +407,9 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, **kwargs):  # type: ignore[override]
         self.forget()
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def forget(self) -> None:
         """Drops what the biases remember of earlier steps of generation."""
