@@ -1,10 +1,12 @@
 """Time and memory of functions, side by side in one process."""
 
 import ctypes
+import importlib.metadata
 import json
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,17 +17,35 @@ import transformers
 from tqdm.auto import tqdm
 
 
-def machine(device: str) -> dict[str, str | int]:
+def machine(device: str) -> dict[str, str | int | None]:
     """What a result has to be read with."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    return {
-        "device": name,
+    facts: dict[str, str | int | None] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts |= {"cuda": torch.version.cuda, "driver": printed(query), "triton": importlib.metadata.version("triton")}
+    return facts
+
+
+def commit() -> str | None:
+    """That of the code, with a mark if files were changed since."""
+    return printed(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def printed(command: list[str]) -> str | None:
+    """The first line that a program prints; `None` where it is missing or fails."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0]
 
 
 def write_json(path: Path, result: dict, device: str) -> None:

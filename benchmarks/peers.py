@@ -81,9 +81,10 @@ def causal_blocks(length: int, device: torch.device):
     return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
 
 
-def add_from_table(pieces, length: int) -> Callable:
+def add_from_table(pieces) -> Callable:
     """The bias by distance: where no row is past L."""
-    x = torch.log1p(pieces.c * torch.arange(length, device=pieces.c.device)) * pieces.row_scale[0, 0]
+    distance = torch.arange(pieces.row_scale.shape[1], device=pieces.c.device)
+    x = torch.log1p(pieces.c * distance) * pieces.row_scale[0, 0]
     segments = torch.bucketize(x, pieces.knots)
     bias = pieces.slope[:, segments] * x + pieces.offset[:, segments]
 
@@ -93,12 +94,11 @@ def add_from_table(pieces, length: int) -> Callable:
     return add
 
 
-def add_hinges(pieces, length: int) -> Callable:
+def add_hinges(pieces, reached: slice) -> Callable:
     """psi by distance, and one hinge for each knot that some distance reaches: its argument is at most 1."""
-    psi = torch.log1p(pieces.c * torch.arange(length, device=pieces.c.device))
-    below, above = int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum())
-    scale, knots, steps = pieces.row_scale[0], pieces.knots[below:above], pieces.slope.diff(dim=1)[:, below:above]
-    first, start = pieces.slope[:, below].contiguous(), pieces.offset[:, below].contiguous()
+    psi = torch.log1p(pieces.c * torch.arange(pieces.row_scale.shape[1], device=pieces.c.device))
+    scale, knots, steps = pieces.row_scale[0], pieces.knots[reached], pieces.slope.diff(dim=1)[:, reached]
+    first, start = pieces.slope[:, reached.start].contiguous(), pieces.offset[:, reached.start].contiguous()
     knots, steps = knots.contiguous(), steps.contiguous()
 
     def add(score, b, head, i, j):
@@ -111,20 +111,29 @@ def add_hinges(pieces, length: int) -> Callable:
     return add
 
 
-def flex(query, key, value, bias: FirePositionBias) -> torch.Tensor:
+@cache
+@torch.no_grad()
+def reached_knots(bias: FirePositionBias, length: int, device: torch.device) -> slice | None:
+    """The knots that some distance reaches; `None` if no query is past L. Read once: each time would be a wait."""
+    pieces = bias(FirePositions.arange(length, device), piecewise=True)
+    if bool(pieces.shared.all()):
+        return None
+    return slice(int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum()))
+
+
+def flex(query, key, value, bias: FirePositionBias, learns: bool = True) -> torch.Tensor:
     """PyTorch's FlexAttention, compiled, with captured tables, which get gradients if they ask for them."""
-    length = query.shape[2]
-    pieces = bias(FirePositions.arange(length, query.device), piecewise=True)
-    add = add_from_table if bool(pieces.shared.all()) else add_hinges
-    blocks = causal_blocks(length, query.device)
-    return compiled_flex(query, key, value, score_mod=add(pieces, length), block_mask=blocks)
+    length, device = query.shape[2], query.device
+    reached = reached_knots(bias, length, device)
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        pieces = bias(FirePositions.arange(length, device), piecewise=True)
+        add = add_from_table(pieces) if reached is None else add_hinges(pieces, reached)
+    return compiled_flex(query, key, value, score_mod=add, block_mask=causal_blocks(length, device))
 
 
 def flex_constant(query, key, value, bias: FirePositionBias) -> torch.Tensor:
     """The same with tables that do not learn."""
-    with torch.no_grad():
-        frozen = bias(FirePositions.arange(query.shape[2], query.device), piecewise=True)
-    return flex(query, key, value, lambda positions, piecewise: frozen)  # type: ignore[arg-type]
+    return flex(query, key, value, bias, learns=False)
 
 
 PEERS: dict[str, Callable] = {
@@ -137,7 +146,10 @@ PEERS: dict[str, Callable] = {
     "SDPA, dense FIRE": sdpa_dense,
     "plain listing": listing,
 }
-WITHOUT_BIAS = ("same code, no bias", "SDPA, no bias", "RoPE + SDPA")
+# What each is to compute: the formula, if it is not here.
+WITHOUT_BIAS = {"same code, no bias": sdpa, "SDPA, no bias": sdpa, "RoPE + SDPA": rope_sdpa}
+# Whose bias gets no gradient.
+CONSTANT = ("FlexAttention, constant", *WITHOUT_BIAS)
 # PyTorch's FlexAttention has no backward on CPU.
 FORWARD_ONLY_ON_CPU = ("FlexAttention, FIRE", "FlexAttention, constant")
 # Their memory grows with the square of the length.

@@ -59,6 +59,8 @@ def choose_backend(device: torch.device, forced: str) -> str:
     lack = ""
     if name == "triton" and not is_triton_available():
         lack = "Triton is not installed"
+    elif name == "triton" and torch.version.hip is not None:
+        lack = "the kernels are for NVIDIA's GPUs"
     elif name == "triton" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         lack = "the kernels need a GPU of compute capability 8.0, whose shared memory they fill"
     if lack:

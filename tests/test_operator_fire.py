@@ -265,6 +265,8 @@ def test_the_choice_of_a_backend(monkeypatch):
     for capability, expected in (((7, 5), "none"), ((8, 0), "triton"), ((12, 1), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert choose_backend(gpu, "") == choose_backend(gpu, "triton") == expected
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # whose devices call themselves "cuda" as well
+    assert choose_backend(gpu, "") == "none"
 
 
 def test_users_of_transformers_see_what_attention_runs_on():
