@@ -294,8 +294,7 @@ def fire_attention(
 
     Where the bias is piecewise linear (FIRE with one hidden layer of ReLU units, KERPLE, ALiBi) it runs fused, on CPU
     and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, and the
-    gradients of `query`, `key`, `value` and of every parameter of the bias are exact, up to the rounding of the output
-    in 16 bits on a GPU.
+    gradients of `query`, `key`, `value` and of every parameter of the bias are exact.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): float32, bfloat16 or float16.

@@ -22,7 +22,7 @@ from transformers import TrainerState, TrainingArguments
 from typer.testing import CliRunner
 
 from modeling_fire import FireForCausalLM, FireForQuestionAnswering, FireForSequenceClassification
-from modeling_fire.cards import write_card
+from modeling_fire.cards import Base, write_card
 from modeling_fire.cli import app
 from modeling_fire.conversion import CalibrationOptions, convert
 from modeling_fire.evaluation.report import EvaluationOptions, evaluate
@@ -294,6 +294,20 @@ def test_what_a_person_adds_to_the_metadata_stays(model):
     path.write_text(path.read_text().replace("---\n", "---\nlicense: mit\nlanguage: fr\n", 1))
     data = ModelCard.load(write_card(model)).data
     assert (data.license, data.language) == ("mit", "fr")
+
+
+@pytest.mark.parametrize(
+    ("base", "link"), [("someone/base", "https://huggingface.co/someone/base/blob/main/LICENSE"), (None, None)]
+)
+def test_the_link_to_a_licence_that_is_elsewhere(model, base, link):
+    licence = "license: other\nlicense_name: own\nlicense_link: LICENSE\n"
+    (model / "README.md").write_text(f"---\n{licence}---\n")
+    given = None if base is None else Base(base, True, None)
+    data = ModelCard.load(write_card(model, base=given)).data
+    assert (data.license, data.get("license_name"), data.get("license_link")) == ("other", "own", link)
+    (model / "README.md").write_text(f"---\n{licence}---\n")
+    (model / "LICENSE").write_text("As you like.\n")
+    assert ModelCard.load(write_card(model, base=given)).data.get("license_link") == "LICENSE"
 
 
 def test_without_matplotlib_there_are_no_plots(model, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers.modelcard import TrainingSummary
@@ -217,9 +218,14 @@ class Facts:
         folders = [self.folder, self.folder.parent / "converted"] if "heal" in self.settings else [self.folder]
         cards = [card_data(folder / CARD_NAME) for folder in folders]
         cards += [self.base.card_data()] if self.base is not None else []
-        licence = next((card for card in cards if "license" in card), {})
+        licence = dict(next((card for card in cards if "license" in card), {}))
+        link = licence.get("license_link", "")
+        if "://" not in link and not (self.folder / link).exists():
+            # A file beside the base, which is not here.
+            on_hub = self.base is not None and self.base.on_hub
+            licence["license_link"] = f"{ENDPOINT}/{self.base.name}/blob/main/{link}" if on_hub else None
         language = next((card for card in cards if "language" in card), {})
-        return {name: licence[name] for name in LICENCE if name in licence} | {
+        return {name: licence[name] for name in LICENCE if licence.get(name) is not None} | {
             name: language[name] for name in ("language",) if name in language
         }
 
