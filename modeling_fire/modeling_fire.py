@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -409,13 +409,21 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):  # type: ignore[override]
         self.forget()
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
+        for bias in self.biases():
+            bias.prepare()
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for bias in self.biases():
+                bias.prepared = None
+
+    def biases(self) -> Iterator[FirePositionBias]:
+        return (module for module in self.modules() if isinstance(module, FirePositionBias))
 
     def forget(self) -> None:
         """Drops what the biases remember of earlier steps of generation."""
-        for module in self.modules():
-            if isinstance(module, FirePositionBias):
-                module.memory = {}
+        for bias in self.biases():
+            bias.memory = {}
 
     def init_continuous_batching(self, *args, **kwargs):
         """

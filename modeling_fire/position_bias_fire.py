@@ -90,6 +90,7 @@ class FirePositionBias(PositionBias):
         self.progressive, self.threshold = progressive, threshold
         self.hidden_width = mlp_width
         self.memory: dict = {}  # of inference, see `remembered`
+        self.prepared: tuple[torch.Tensor | None, ...] | None = None
         self._initial_c, self._initial_L = float(init_c), float(init_L)
 
         start_hidden, start_middle, start_output = uniform_start, uniform_start, uniform_start
@@ -166,12 +167,10 @@ class FirePositionBias(PositionBias):
         if positions.key.shape[1] == positions.absolute.shape[1]:
             self.memory = {}  # a text begins, maybe with other parameters
         memory = self.remembered()
-        if memory is None:
-            constants = self.constants(dtype)
-        else:
-            constants = memory.get("constants") or self.constants(dtype)
-            memory["constants"] = constants
-        knots, slope, offset, c, length, scale = constants
+        constants = self.prepared
+        if memory is not None:
+            constants = memory["constants"] = constants or memory.get("constants") or self.constants(dtype)
+        knots, slope, offset, c, length, scale = constants or self.constants(dtype)
         absolute = positions.absolute.to(dtype)
         if not self.progressive:
             row_scale, shared = scale.expand_as(absolute), torch.ones_like(absolute, dtype=torch.bool)
@@ -192,6 +191,15 @@ class FirePositionBias(PositionBias):
                 size = 2 ** positions.key.shape[1].bit_length()
                 table = memory["table"] = self.table(size, knots, slope, offset, c, scale)
         return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """
+        For a `generate` that begins: works out `constants` for all of it, that of compiled steps too, which cannot see
+        whether parameters changed. Not where these have values during a call of the module only.
+        """
+        if self.remembered() is not None and not any(p.is_meta for p in self.parameters()):
+            self.prepared = self.constants(torch.promote_types(next(self.parameters()).dtype, torch.float32))
 
     def constants(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Knots, slopes, offsets, `c`, `L`, and the scale of the queries before `L`: what parameters alone decide."""
@@ -254,7 +262,7 @@ class FirePositionBias(PositionBias):
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "memory": {}}
+        return {**super().__getstate__(), "memory": {}, "prepared": None}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         for name in ("c", "L_multiplier", "init_L"):
