@@ -28,13 +28,13 @@ from .text import check_tokens, read_texts, sampled_windows, start_token, token_
 from .weights import replace_weights
 
 
-# Tokens that go through a layer at once: what a step of the alignment sees.
+# Tokens that go through a layer at once: what a step of the alignment sees, in windows of so many or less.
 BATCH_TOKENS = 2048
-# A longer training length is not needed to see where attention goes, and would leave few windows to learn from.
-MAX_LENGTH = 2048
-# Windows that `fit` looks at. It has few parameters.
-FIT_WINDOWS = 16
-HELD_OUT_WINDOWS = 16
+# A bias knows distances that it was fitted at. So windows are as long as the original's texts, within reason.
+MAX_LENGTH = 8192
+# Windows that `fit` looks at, which has few parameters, and as many that are held out: so many of short ones, and of
+# long ones so many tokens.
+FEW_WINDOWS, FEW_TOKENS = 16, 2**15
 # Bytes that the KV cache may take while text is sampled, and texts that are sampled at once.
 SAMPLE_BYTES, MAX_SAMPLE_BATCH = 2**33, 64
 SAMPLE = "sample"
@@ -51,7 +51,8 @@ class CalibrationOptions:
             A file (plain text, or jsonl, json, csv or parquet with a column `text`), the name of a dataset (its
             configuration after a colon), the documents themselves, or `"sample"`: what the model writes.
         tokens (`int`, *optional*, defaults to 307200):
-            How many of the text to calibrate on, at most. The alignment of a layer sees each of them once.
+            How many of the text to calibrate on, at most. The alignment of a layer sees each of them once, 2048 at a
+            time; the fit some of them, as many at a time as the original was trained on, up to 8192.
         align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
         seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
     """
@@ -97,6 +98,11 @@ def window_length(config: FireConfig) -> int:
     return min(config.max_position_embeddings, MAX_LENGTH, int(config.fire_init_L))
 
 
+def few_windows(length: int) -> int:
+    """Of windows of `length` tokens: how many are enough to fit, and to measure on."""
+    return max(1, min(FEW_WINDOWS, FEW_TOKENS // length))
+
+
 def calibration_windows(
     options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None, config: FireConfig
 ) -> torch.Tensor | None:
@@ -117,7 +123,7 @@ def calibration_windows(
         return None
     if tokenizer is None:
         raise ConversionError("The source has no tokenizer for the text to calibrate on: use 'sample'.")
-    windows = token_windows(read_texts(options.text), tokenizer, length + 1, count + HELD_OUT_WINDOWS)
+    windows = token_windows(read_texts(options.text), tokenizer, length + 1, count + few_windows(length))
     if len(windows) < 2:
         raise ConversionError(f"The text to calibrate on has less than two windows of {length + 1} tokens: use more.")
     check_tokens(windows, config.vocab_size)
@@ -149,13 +155,14 @@ def calibrate_folder(
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if windows is None:
         length = window_length(config)
-        count = options.tokens // length + HELD_OUT_WINDOWS
+        count = options.tokens // length + few_windows(length)
         # Keys and values of one text, in float32.
         cache_bytes = 8 * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         batch_size = min(max(1, SAMPLE_BYTES // cache_bytes), MAX_SAMPLE_BATCH)
         windows = sampled_windows(model, length + 1, count, options.seed, batch_size)
+    length = windows.shape[1] - 1
     # Of a text that is too short half is held out.
-    count = min(options.tokens // window_length(config), max(len(windows) - HELD_OUT_WINDOWS, len(windows) // 2))
+    count = min(options.tokens // length, max(len(windows) - few_windows(length), len(windows) // 2))
     text = windows[:count, :-1]
     perplexity = calibrate(model, text, windows[count:], options.align, options.seed, max_period)
     if not all(math.isfinite(value) for value in perplexity.values()):
@@ -196,7 +203,6 @@ def calibrate(
     """
     model.eval()
     length = windows.shape[1]
-    batch_size = max(1, BATCH_TOKENS // length)
     positions = FirePositions.arange(length, model.device)
     rotary = model.model.rotary_emb
     rotation = rotary(next(model.parameters()), position_ids=positions.absolute)
@@ -215,18 +221,27 @@ def calibrate(
         kept = rotary(next(model.parameters()), position_ids=positions.absolute)
     measured["dropped"] = perplexity()
 
-    def walk(some: torch.Tensor, description: str) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
-        return original_states(model, originals, some, rotation, positions, batch_size, description)
-
-    for layer, _, hidden_states in walk(windows[:FIT_WINDOWS], "Fitting"):
+    few = windows[: few_windows(length)]
+    for layer, _, hidden_states in original_states(model, originals, few, rotation, positions, "Fitting"):
         fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, kept, positions)
     measured["fitted"] = perplexity()
     if do_align:
+        short = min(length, BATCH_TOKENS)
+        windows = windows[:, : length // short * short].reshape(-1, short)
+        positions, rotation = FirePositions.arange(short, model.device), cut(rotation, short)
+        kept = None if kept is None else cut(kept, short)
         generator = torch.Generator().manual_seed(seed)
-        for layer, original, hidden_states in walk(windows, "Aligning"):
-            align(layer, original, hidden_states, rotation, kept, positions, batch_size, generator)
+        states = original_states(model, originals, windows, rotation, positions, "Aligning")
+        for layer, original, hidden_states in states:
+            align(layer, original, hidden_states, rotation, kept, positions, BATCH_TOKENS // short, generator)
         measured["aligned"] = perplexity()
     return measured
+
+
+def cut(rotation: tuple[torch.Tensor, torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """That of the first positions."""
+    cos, sin = rotation
+    return cos[:, :length], sin[:, :length]
 
 
 def original_attention(layer: FireDecoderLayer) -> FireAttention:
@@ -245,14 +260,13 @@ def original_states(
     windows: torch.Tensor,
     rotation: tuple[torch.Tensor, torch.Tensor],
     positions: FirePositions,
-    batch_size: int,
     description: str,
 ) -> Iterator[tuple[FireDecoderLayer, FireAttention, torch.Tensor]]:
     """
     Walks through the layers: each with its original attention and the hidden states that it was given, on the CPU. The
     layer's own attention may be changed meanwhile.
     """
-    device = model.device
+    device, batch_size = model.device, max(1, BATCH_TOKENS // windows.shape[1])
     hidden_states = torch.cat(
         [model.model.embed_tokens(batch.to(device)).cpu() for batch in windows.split(batch_size)]
     )

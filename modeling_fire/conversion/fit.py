@@ -25,8 +25,9 @@ from ..modeling_fire import FireAttention
 from ..positions_fire import FirePositions
 
 
-# Queries of each window that take part: neighbours say much the same.
-QUERIES = 32
+# Queries of each window that take part, fewer where there are more keys than so many pairs allow: neighbours say much
+# the same.
+QUERIES, PAIRS = 32, 2**17
 # Of them, those that are worked through at a time, beside the keys that the last of them sees.
 ROWS = 8
 # Holds what the text does not decide where it starts: `w` at 0, `z` at 1.
@@ -60,7 +61,8 @@ def fit(
     query, key = attention.project(inputs, kept)[:2]
     rotated_query, rotated_key = attention.project(inputs, rotation)[:2]
     length = inputs.shape[1]
-    rows = torch.linspace(0, length - 1, min(QUERIES, length), device=inputs.device).round().long()
+    count = min(QUERIES, length, max(1, PAIRS // length))
+    rows = torch.linspace(0, length - 1, count, device=inputs.device).round().long()
     query, rotated_query = query[:, :, rows] * attention.scaling, rotated_query[:, :, rows] * attention.scaling
 
     distance = rows[:, None] - positions.key

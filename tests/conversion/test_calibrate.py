@@ -4,6 +4,7 @@ import json
 import math
 from copy import deepcopy
 from pathlib import Path
+from unittest import mock
 
 import checkpoints
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
+from modeling_fire.conversion import calibrate as calibration
 from modeling_fire.conversion.align import align
 from modeling_fire.conversion.calibrate import calibrate, original_attention, original_states, public_name
 from modeling_fire.conversion.fit import RIDGE, fit, minimise
@@ -176,7 +178,7 @@ def test_the_walk_gives_each_layer_what_it_had_in_the_original(kept):
     positions = FirePositions.arange(LENGTH)
     rotation = model.model.rotary_emb(next(model.parameters()), position_ids=positions.absolute)
     originals = [original_attention(layer) for layer in model.model.layers]
-    walk = original_states(model, originals, ids, rotation, positions, 2, "Walking")
+    walk = original_states(model, originals, ids, rotation, positions, "Walking")
     for i, (layer, original, hidden_states) in enumerate(walk):
         assert original is originals[i] and layer is model.model.layers[i]
         torch.testing.assert_close(hidden_states, wanted[i], atol=1e-5, rtol=1e-5)
@@ -211,6 +213,25 @@ def test_calibration_removes_the_rotation_and_nears_the_original(kept):
     assert fast.config.rope_max_period == LENGTH / 4 and distance(fast) < 0.9 * distance(model)
     # What alignment adds shows with weights that are not random: in the last test of this file.
     assert distance(fitted) < 0.9 * distance(dropped) and distance(model) < 0.9 * distance(dropped)
+
+
+@pytest.mark.parametrize("max_period", [None, LENGTH / 4])
+def test_long_windows_are_fitted_whole_and_aligned_in_parts(kept, max_period, monkeypatch):
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", LENGTH // 4)
+    monkeypatch.setattr(calibration, "FEW_TOKENS", 3 * LENGTH)
+    model = kept(checkpoints.llama())
+    ids = torch.randint(3, 99, (10, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    with (
+        mock.patch.object(calibration, "fit", wraps=fit) as fitted,
+        mock.patch.object(calibration, "align", wraps=align) as aligned,
+    ):
+        measured = calibrate(model, ids[2:, :-1], ids[:2], max_period=max_period)
+    assert fitted.call_args.args[1].shape[:2] == (3, LENGTH)
+    _, _, hidden_states, rotation, kept_of_it, positions, batch_size, _ = aligned.call_args.args
+    assert (hidden_states.shape[:2], batch_size) == ((8 * 4, LENGTH // 4), 1)
+    assert positions.absolute.shape[1] == LENGTH // 4 == rotation[0].shape[1]
+    assert (kept_of_it is None) == (max_period is None)
+    assert list(measured) == ["original", "dropped", "fitted", "aligned"]
 
 
 # The whole of it.
