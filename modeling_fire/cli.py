@@ -73,6 +73,10 @@ def convert(
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="How much of the text.")
     ] = conversion.CalibrationOptions.tokens,
+    calibration_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens in a window of it. [default: the training length, up to 8192]"),
+    ] = None,
     align: Annotated[
         bool, typer.Option(help="Of the calibration: fit the bias, then align the layers. Or only fit it.")
     ] = conversion.CalibrationOptions.align,
@@ -101,13 +105,13 @@ def convert(
         model = AutoModelForCausalLM.from_pretrained("smollm2-fire", trust_remote_code=True)
     """
     if calibrate is None:
-        refuse_idle(context, ("calibration_tokens", "align", "seed"), "--calibrate")
+        refuse_idle(context, ("calibration_tokens", "calibration_length", "align", "seed"), "--calibrate")
     if not verify:
         refuse_idle(context, ("prompt",), "--verify")
     with one_line_errors():
         options = None
         if calibrate is not None:
-            options = conversion.CalibrationOptions(calibrate, calibration_tokens, align, seed)
+            options = conversion.CalibrationOptions(calibrate, calibration_tokens, calibration_length, align, seed)
         result = conversion.convert(
             source,
             out,

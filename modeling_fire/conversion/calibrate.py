@@ -30,7 +30,7 @@ from .weights import replace_weights
 
 # Tokens that go through a layer at once: what a step of the alignment sees, in windows of so many or less.
 BATCH_TOKENS = 2048
-# A bias knows distances that it was fitted at. So windows are as long as the original's texts, within reason.
+# A bias knows the distances that it was fitted at. So windows are as long as the original's texts, within reason.
 MAX_LENGTH = 8192
 # Windows that `fit` looks at, which has few parameters, and as many that are held out: so many of short ones, and of
 # long ones so many tokens.
@@ -52,17 +52,23 @@ class CalibrationOptions:
             configuration after a colon), the documents themselves, or `"sample"`: what the model writes.
         tokens (`int`, *optional*, defaults to 307200):
             How many of the text to calibrate on, at most. The alignment of a layer sees each of them once, 2048 at a
-            time; the fit some of them, as many at a time as the original was trained on, up to 8192.
+            time; the fit some of them, `length` at a time.
+        length (`int`, *optional*):
+            Of a window, in tokens: the training length of the original, but no more than 8192, if not given. Distances
+            beyond it are left to chance; beyond the training length the original is no model to follow.
         align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
         seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
     """
 
     text: str | Sequence[str]
     tokens: int = 307_200
+    length: int | None = None
     align: bool = True
     seed: int = 0
 
     def __post_init__(self):
+        if self.length is not None and self.length < 2:
+            raise ConversionError(f"`length` must be at least 2, got {self.length}.")
         if not -(2**63) <= self.seed < 2**64:
             raise ConversionError(f"`seed` must fit into 64 bits, got {self.seed}.")
 
@@ -93,9 +99,10 @@ class Calibration:
         return f"perplexity at {self.length} tokens: {steps}"
 
 
-def window_length(config: FireConfig) -> int:
+def window_length(options: CalibrationOptions, config: FireConfig) -> int:
     """Tokens in a window of calibration. None stands past `L`, where distances shrink."""
-    return min(config.max_position_embeddings, MAX_LENGTH, int(config.fire_init_L))
+    length = min(config.max_position_embeddings, MAX_LENGTH) if options.length is None else options.length
+    return min(length, int(config.fire_init_L))
 
 
 def few_windows(length: int) -> int:
@@ -112,12 +119,14 @@ def calibration_windows(
     Returns:
         `torch.LongTensor` of shape `(windows, length + 1)`, or `None` for text that is still to be sampled.
     """
-    length = window_length(config)
+    length = window_length(options, config)
     if length < 2:
         raise ConversionError("`max_length` must be at least 2 to calibrate.")
     count = options.tokens // length
     if count < 1:
-        raise ConversionError(f"`tokens={options.tokens}` is less than one window of {length} tokens.")
+        raise ConversionError(
+            f"`tokens={options.tokens}` is less than one window of {length} tokens: take more, or a smaller `length`."
+        )
     if options.text == SAMPLE:
         start_token(config)
         return None
@@ -154,7 +163,7 @@ def calibrate_folder(
     model: Any = FireForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     if windows is None:
-        length = window_length(config)
+        length = window_length(options, config)
         count = options.tokens // length + few_windows(length)
         # Keys and values of one text, in float32.
         cache_bytes = 8 * length * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

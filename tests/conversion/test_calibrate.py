@@ -265,6 +265,9 @@ def test_convert_calibrates_and_says_so(source, tmp_path):
     changed = {name for name, value in dropped.state_dict().items() if not torch.equal(value, calibrated[name])}
     assert {name.split("self_attn.")[1].split(".")[0] for name in changed} == {"q_proj", "k_proj", "position_bias"}
 
+    longer = CalibrationOptions(str(tmp_path / "text.txt"), tokens=1000, length=48, align=False)
+    assert convert(source, tmp_path / "longer", calibrate=longer).calibration.length == 48
+
     convert(source, tmp_path / "again", calibrate=options)
     for name, value in load_file(tmp_path / "again" / "model.safetensors").items():
         assert torch.equal(value, calibrated[name]), "the same for the same seed"
