@@ -133,6 +133,7 @@ def convert(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Folders or Hub ids of causal language models, FIRE or not.")],
     text: Annotated[
         str,
@@ -186,6 +187,8 @@ def evaluate(
         fire evaluate HuggingFaceTB/SmolLM2-135M smollm2-fire --text book.txt --windows 4 \\
             --contexts 2048 --contexts 8192 --contexts 32768 --by-position --passkey --out evaluation
     """
+    if not passkey:
+        refuse_idle(context, ("keys",), "--passkey")
     options = report.EvaluationOptions(
         text,
         contexts=contexts,

@@ -111,6 +111,11 @@ def test_options_that_would_do_nothing_are_refused(source, tmp_path, option, idl
     assert f"`{option}` does nothing without `{missing}`" in result.output
 
 
+def test_numbers_without_passkeys_are_refused(tmp_path):
+    result = fire("evaluate", tmp_path, "--text", "text.txt", "--keys", "3")
+    assert result.exit_code == 2 and "`--keys` does nothing without `--passkey`" in result.output
+
+
 @pytest.fixture
 def models(tmp_path):
     """A FIRE and a LLaMA model in a folder with a text."""

@@ -6,7 +6,7 @@ from .family import QKV, Family, Fused, common_fields, require, split_by_head
 
 
 def fire_fields(config: Any) -> dict[str, Any]:
-    require(config, hidden_dropout=0.0)
+    require(config, hidden_dropout=0.0, sliding_window=None)  # of the latter only transformers' cache knows
     return common_fields(config) | {
         "intermediate_size": config.intermediate_size,
         "hidden_act": config.hidden_act,

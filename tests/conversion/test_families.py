@@ -223,6 +223,7 @@ REFUSED = {
         "`partial_rotary_factor=0.5` is not supported",
     ),
     "gpt_neox dropout": (lambda: gpt_neox(hidden_dropout=0.1), "`hidden_dropout=0.1` is not supported"),
+    "gpt_neox, a window that its attention ignores": (lambda: gpt_neox(sliding_window=4), "`sliding_window=4` is not"),
     "bloom residual": (
         lambda: bloom(apply_residual_connection_post_layernorm=True),
         "bloom: `apply_residual_connection_post_layernorm=True` is not supported",
