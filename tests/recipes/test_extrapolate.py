@@ -66,9 +66,13 @@ def run(study: dict) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def study(tmp_path):
+    """Of two small files: what Python comes with takes seconds to read."""
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("A fire needs three things: fuel, heat and air.\n" * 100)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return {
         "output_dir": str(tmp_path / "out"),
+        "text": str(tmp_path / "*.txt"),
         "model": {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, **shape},
         "variants": {"FIRE": {}, "RoPE": {"position_bias": "none", "rope_parameters": {"rope_type": "default"}}},
         "length": 16,
@@ -83,6 +87,7 @@ def study(tmp_path):
 def test_run_resume_and_result(study, tmp_path):
     out = tmp_path / "out"
     (out / "FIRE-seed0.unfinished").mkdir(parents=True)  # what a killed run leaves
+    del study["text"]
     first = run(study)
     assert first.returncode == 0, first.stderr
     assert {path.name for path in out.iterdir()} == {
