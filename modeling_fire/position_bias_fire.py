@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .base_bias_fire import PositionBias
 from .linear_fire import Float32Linear, decay_start, hinge_start, pass_on_start, uniform_start
@@ -199,7 +200,8 @@ class FirePositionBias(PositionBias):
         whether parameters changed. Not where these have values during a call of the module only.
         """
         if self.remembered() is not None and not any(p.is_meta for p in self.parameters()):
-            self.prepared = self.constants(torch.promote_types(next(self.parameters()).dtype, torch.float32))
+            with maybe_autocast(device_type=self.init_L.device.type, enabled=False):
+                self.prepared = self.constants(torch.promote_types(self.init_L.dtype, torch.float32))
 
     def constants(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
         """Knots, slopes, offsets, `c`, `L`, and the scale of the queries before `L`: what parameters alone decide."""

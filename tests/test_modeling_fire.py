@@ -325,6 +325,16 @@ def test_the_bias_is_prepared_once_for_all_steps(options):
 
 
 @torch.no_grad()
+def test_autocast_leaves_what_is_prepared_alone():
+    bias = FirePositionBias(2, init_L=9.0).eval()
+    bias.prepare()
+    expected = bias.prepared
+    with torch.autocast("cpu", torch.bfloat16):
+        bias.prepare()
+    assert all(torch.equal(*pair) for pair in zip(bias.prepared, expected, strict=True))
+
+
+@torch.no_grad()
 def test_continuous_batching():
     model = tiny_model()
     prompts = [random_ids(n, seed=n).tolist() for n in (5, 9, 13)]
