@@ -409,9 +409,9 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):  # type: ignore[override]
         self.forget()
-        for bias in self.biases():
-            bias.prepare()
         try:
+            for bias in self.biases():
+                bias.prepare()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             for bias in self.biases():

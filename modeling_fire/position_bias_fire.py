@@ -167,10 +167,11 @@ class FirePositionBias(PositionBias):
         # One step after the other: what is the same for all of them is worked out once.
         if positions.key.shape[1] == positions.absolute.shape[1]:
             self.memory = {}  # a text begins, maybe with other parameters
-        memory = self.remembered()
-        constants = self.prepared
+        memory, constants = self.remembered(), None
         if memory is not None:
-            constants = memory["constants"] = constants or memory.get("constants") or self.constants(dtype)
+            constants = memory["constants"] = memory.get("constants") or self.constants(dtype)
+        elif torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
+            constants = self.prepared
         knots, slope, offset, c, length, scale = constants or self.constants(dtype)
         absolute = positions.absolute.to(dtype)
         if not self.progressive:
@@ -196,10 +197,11 @@ class FirePositionBias(PositionBias):
     @torch.no_grad()
     def prepare(self) -> None:
         """
-        For a `generate` that begins: works out `constants` for all of it, that of compiled steps too, which cannot see
-        whether parameters changed. Not where these have values during a call of the module only.
+        Works out `constants` for the compiled steps of a `generate` that begins, which cannot see whether parameters
+        changed. Not where parameters have values during a call of their module only.
         """
-        if self.remembered() is not None and not any(p.is_meta for p in self.parameters()):
+        at_hand = all(parameter.numel() and not parameter.is_meta for parameter in self.parameters())
+        if self.is_piecewise and at_hand and self.remembered() is not None:
             with maybe_autocast(device_type=self.init_L.device.type, enabled=False):
                 self.prepared = self.constants(torch.promote_types(self.init_L.dtype, torch.float32))
 

@@ -9,6 +9,7 @@ from helpers import random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -320,8 +321,38 @@ def test_the_bias_is_prepared_once_for_all_steps(options):
         FirePositionBias, "constants", autospec=True, side_effect=FirePositionBias.constants
     ) as work:
         model.generate(ids, **GREEDY, **options)
-    assert work.call_count == len(biases)
+    assert work.call_count == 2 * len(biases)  # once more for steps that are compiled
     assert all(bias.memory["constants"] is not before for bias, before in zip(biases, kept, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"fire_mlp_depth": 2}, {"position_bias": "alibi"}])
+def test_generation_prepares_no_bias_that_has_no_pieces(changes):
+    model = tiny_model(**changes)
+    model.generate(random_ids(1, 9), **GREEDY)
+    for bias in model.biases():
+        bias.prepare()
+        assert bias.prepared is None
+
+
+def test_generation_beside_adapters_in_the_place_of_f():
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])).eval()
+    assert model.generate(input_ids=random_ids(1, 9), **GREEDY).shape == (1, 9 + GREEDY["max_new_tokens"])
+
+
+def test_gradients_within_generation():
+    """A loss that is taken while `generate` runs has the gradients that it has elsewhere."""
+    model, ids = tiny_model(), random_ids(1, 9)
+    losses = []
+
+    def process(input_ids, scores):
+        with torch.enable_grad():
+            losses.append(model(ids, labels=ids).loss)
+        return scores
+
+    model.generate(ids, **GREEDY, logits_processor=[process])
+    losses[0].backward()
+    assert all(bias.c.grad.abs() > 0 for bias in model.biases())
 
 
 @torch.no_grad()
@@ -393,8 +424,13 @@ def test_generation_with_a_static_cache_compiles_once(padding):
     assert all((call.kwargs["attention_mask"] is None) == (not padding) for call in forward.call_args_list)
     found = model.generate(**inputs, cache_implementation="static", compile_config=compiled)
     assert torch.equal(found, model.generate(**inputs))
-    # Again, with other values of what the bias's parameters decide, which no step works out for itself.
-    model.generate(**inputs, cache_implementation="static", compile_config=compiled)
+    # Again with other parameters of the bias: no step works out for itself what they decide, and none keeps it.
+    for bias in model.biases():
+        bias.c.mul_(3)
+        bias.mlp[2].weight.mul_(-4)
+    found = model.generate(**inputs, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, model.generate(**inputs))
+    assert all(bias.prepared is None for bias in model.biases())
     assert len(graphs) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not any("sort" in str(node.target) for node in graphs[0].graph.nodes)
 
