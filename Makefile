@@ -55,7 +55,7 @@ bench: $(READY)  ## FIRE attention beside its peers: time, memory, a table and p
 bench-model: $(READY)  ## A whole FIRE model beside LLaMA: training and generation (ten minutes on two cores, or on a GPU)
 	$(PYTHON_PASSIVE) benchmarks/model.py --out outputs/bench
 
-kernels: $(READY)  ## Compile every form of the GPU kernels for several GPUs, without one; fails if a hot loop spills (15 minutes)
+kernels: $(READY)  ## Compile every form of the GPU kernels for several GPUs, without one; fails if a hot loop spills (half an hour)
 	$(BIN)/python benchmarks/offline_compile.py
 
 examples: $(READY)  ## Run the programs of examples/ in turn, and the notebook: under outputs/examples (three minutes on one core)

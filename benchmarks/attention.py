@@ -59,7 +59,8 @@ def check(names: list[str], kind: str, args, heads: int, head_dim: int, dtype: t
     tensors = [torch.randn(shape, device=args.device).to(dtype) for _ in range(4)]
     wide = [tensor.double() for tensor in tensors]
     bias = build_bias(kind, heads, shape[2], args.device)
-    limit = {torch.float32: 1e-4}.get(dtype, 0.05)
+    # In 16 bits attention has large errors in the gradients of a bias, ours apart.
+    limit, bias_limit = (1e-4, 1e-4) if dtype == torch.float32 else (2e-2, 2e-3)
     errors, wrong = {}, []
     for name in names:
         backward = "backward" in args.passes and not (args.device == "cpu" and name in FORWARD_ONLY_ON_CPU)
@@ -69,11 +70,12 @@ def check(names: list[str], kind: str, args, heads: int, head_dim: int, dtype: t
         expected = results(formula, wide, build_bias(kind, heads, shape[2], args.device).double(), learns, backward)
         each = {field: float((found[field] - x).abs().max() / x.abs().max()) for field, x in expected.items()}
         errors[name] = max(each.values())
-        # Attention in 16 bits has large errors in the gradients of a bias, ours apart: see README.md.
-        asked = each if dtype == torch.float32 or name == "FIRE, fused" else [*each][:4]
-        wrong += [f"{name}: {field} by {each[field]:.1e}" for field in asked if not each[field] < limit]
+        of_tensors = [*each][:4]
+        of_bias = [*each][4:] if dtype == torch.float32 or name == "FIRE, fused" else []
+        wrong += [f"{name}: {field} by {each[field]:.1e}" for field in of_tensors if not each[field] < limit]
+        wrong += [f"{name}: {field} by {each[field]:.1e}" for field in of_bias if not each[field] < bias_limit]
     if wrong:
-        raise SystemExit(f"Not the formula, by more than {limit}: {', '.join(wrong)}")
+        raise SystemExit(f"Not the formula: {', '.join(wrong)}")
     return errors
 
 

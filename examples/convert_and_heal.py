@@ -45,7 +45,7 @@ def main() -> None:
         train(AutoModelForCausalLM.from_config(config), ByT5Tokenizer(extra_ids=0), texts, args, args.source)  # bytes
 
     # The rotation goes, and layer by layer the bias learns its work. The logits prove that no weight is misplaced.
-    calibration = CalibrationOptions(texts, tokens=200 * args.length)
+    calibration = CalibrationOptions(texts, tokens=200 * args.length, length=args.length)
     record = convert(args.source, args.out, calibrate=calibration, overwrite=True)
     print(record.proof, record.calibration, sep="\n")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(args.out), AutoTokenizer.from_pretrained(args.out)

@@ -23,7 +23,8 @@ class PiecewiseBias(NamedTuple):
         knots (`torch.Tensor` of shape `(segments - 1,)`): Ascending, possibly infinite, without gradient.
         slope (`torch.Tensor` of shape `(heads, segments)`): Slope of each piece.
         offset (`torch.Tensor` of shape `(heads, segments)`): Value of each piece, continued to `x = 0`.
-        c (`torch.Tensor` of shape `(1,)` or `(heads,)`): Non-negative parameter of `psi`; unused by `"identity"`.
+        c (`torch.Tensor` of shape `(1,)` or `(heads,)`):
+            Non-negative parameter of `psi`; unused by `"identity"` and `"none"`.
         row_scale (`torch.Tensor` of shape `(batch or 1, queries)`): One over the normaliser of each query.
         shared (`torch.BoolTensor` of shape `(batch or 1, queries)`):
             Queries whose `row_scale` is one and the same number: of their gradients only the sum has a meaning.

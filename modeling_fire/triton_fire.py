@@ -13,7 +13,8 @@ tiles meet a knot, so the bias costs little:
 - A tile with knots inside starts from its lowest segment and adds a hinge `(change of slope) max(x - knot, 0)` each.
 
 Gradients of the bias come from row sums of the gradient of the scores. They are kept by segment while a program moves
-along its row block, and stored once in a slot of its own: no atomics, so results repeat bitwise.
+along its row block, and stored once in a slot of its own. The one sum that programs share, each row's in 16 bits, is
+of terms on one grid, which add up the same in any order. So results repeat bitwise.
 
 Scores are in units of log 2, so that `exp2` serves; `psi` is in *units* too: those of log 2 where it is a logarithm.
 Nothing here waits for the device.

@@ -40,7 +40,7 @@ def _forward_kernel(
     TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, FAST: tl.constexpr, HEAD_DIM: tl.constexpr,
     ROW_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr, KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid `(row blocks, batch * heads)`: output and log-sum-exp of a row block."""
+    """Grid `(row blocks, batch * heads)`, flat: output and log-sum-exp of a row block."""
     block, instance = _program(blocks)
     block = blocks - 1 - block  # the rows that see most first, so that none is left alone at the end
     batch, head = instance // heads, instance % heads

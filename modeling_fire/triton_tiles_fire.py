@@ -121,7 +121,7 @@ def _plan_kernel(
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(row blocks, plan batch * heads of c)`. Stores
+    Grid `(row blocks, plan batch * heads of c)`, flat. Stores
 
     - `ROWS`, int32 `(plan batch, 3, queries)`: coordinate, first and last of each query, a blind one as `0, 0`;
     - `SCALE`, float32 `(plan batch, queries)`: `row_scale` times the unit of `psi`;

@@ -432,13 +432,34 @@ def low_precision_attention(query, key, value, bias, positions, scaling):
     return scores.softmax(-1).to(query.dtype) @ value, scores.logsumexp(-1)
 
 
-def test_repeats_bitwise():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_repeats_bitwise(dtype):
     positions = POSITIONS["packed"]
-    inputs = random_inputs(positions)
+    inputs = random_inputs(positions, dtype=dtype)
     bias = random_bias(2, positions, dtype=torch.float32)
     first, second = (fused(*inputs, bias, positions, 0.3) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert all(torch.equal(*pair) for pair in zip(first[2], second[2], strict=True))
+
+
+def test_row_sums_do_not_depend_on_their_order(monkeypatch):
+    """What is added to a row is a multiple of one power of two, and far from what float64 would round."""
+    positions = FirePositions.arange(90)
+    inputs = random_inputs(positions, heads=1, dtype=torch.bfloat16)
+    kept, kernel = {}, triton_fire._key_gradient_kernel
+
+    def keep(grid):
+        def launch(*arguments, **constants):
+            kept["excess"], kept["grid"] = arguments[8:10]
+            kernel[grid](*arguments, **constants)
+
+        return launch
+
+    monkeypatch.setattr(triton_fire, "_key_gradient_kernel", mock.MagicMock(__getitem__=lambda self, grid: keep(grid)))
+    fused(*inputs, random_bias(1, positions, dtype=torch.float32), positions, 0.3)
+    excess, step = kept["excess"].cpu(), kept["grid"].cpu().double() * 2.0**-24 / 1.5
+    assert (excess != 0).any() and torch.equal((excess / step).round() * step, excess)
+    assert (excess.abs() < step * 2.0**40).all()
 
 
 def test_flat_slopes_at_small_psi():

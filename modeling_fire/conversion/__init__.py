@@ -37,6 +37,7 @@ from .weights import Shard, WeightMap, bias_weights, write_shards
 
 FAMILIES = {model_type: family for family in (LLAMA, GPT_NEOX, BLOOM, MPT) for model_type in family.model_types}
 RECORD_NAME = "conversion.json"
+logger = logging.get_logger("transformers.fire")
 # A pair of dimensions whose rotation turns so often within the training length has been seen at every angle, many
 # times over: more distance brings nothing new. `rotation="fast"` keeps these.
 TURNS = 8
@@ -177,8 +178,8 @@ def convert(
 
 def publish(finished: Path, out: Path, source: str | Path, overwrite: bool) -> None:
     """
-    Puts what is finished, alone in a folder, at `out`, and removes that folder. If that fails, what is at `out` stays
-    there, and what is finished where it is, as the [`ConversionError`] says.
+    Puts what is finished, alone in a folder, at `out`, and removes that folder. If that fails or is interrupted, what
+    is at `out` stays there, and what is finished where it is, as the [`ConversionError`] or a warning says.
     """
     replaced = finished.with_name(f"{out.name}.replaced")
     try:
@@ -191,8 +192,11 @@ def publish(finished: Path, out: Path, source: str | Path, overwrite: bool) -> N
             raise
         if replaced.exists():
             replaced.rename(out)
-        problem = str(error).rstrip(".") or "Interrupted"
-        raise ConversionError(f"{problem}. The finished conversion is {finished}.") from error
+        where = f"The finished conversion is {finished}."
+        if isinstance(error, Exception):
+            raise ConversionError(f"{str(error).rstrip('.')}. {where}") from error
+        logger.warning(where)
+        raise
     shutil.rmtree(finished.parent, ignore_errors=True)
 
 

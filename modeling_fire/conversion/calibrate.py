@@ -51,8 +51,8 @@ class CalibrationOptions:
             A file (plain text, or jsonl, json, csv or parquet with a column `text`), the name of a dataset (its
             configuration after a colon), the documents themselves, or `"sample"`: what the model writes.
         tokens (`int`, *optional*, defaults to 307200):
-            How many of the text to calibrate on, at most. The alignment of a layer sees each of them once, 2048 at a
-            time; the fit some of them, `length` at a time.
+            How many of the text to calibrate on, at most. The alignment of a layer sees each of them once, up to 2048
+            at a time; the fit some of them, `length` at a time.
         length (`int`, *optional*):
             Of a window, in tokens: the training length of the original, but no more than 8192, if not given. Distances
             beyond it are left to chance; beyond the training length the original is no model to follow.
@@ -119,6 +119,11 @@ def calibration_windows(
     Returns:
         `torch.LongTensor` of shape `(windows, length + 1)`, or `None` for text that is still to be sampled.
     """
+    if options.length is not None and options.length > config.fire_init_L:
+        raise ConversionError(
+            f"`length={options.length}` is beyond `L` ({config.fire_init_L:g}), where distances shrink: take a "
+            "smaller one, or a larger `max_length`."
+        )
     length = window_length(options, config)
     if length < 2:
         raise ConversionError("`max_length` must be at least 2 to calibrate.")
@@ -134,7 +139,10 @@ def calibration_windows(
         raise ConversionError("The source has no tokenizer for the text to calibrate on: use 'sample'.")
     windows = token_windows(read_texts(options.text), tokenizer, length + 1, count + few_windows(length))
     if len(windows) < 2:
-        raise ConversionError(f"The text to calibrate on has less than two windows of {length + 1} tokens: use more.")
+        raise ConversionError(
+            f"The text to calibrate on has less than two windows of {length + 1} tokens: use more, or a smaller "
+            "`length`."
+        )
     check_tokens(windows, config.vocab_size)
     return windows
 
@@ -235,7 +243,7 @@ def calibrate(
         fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, kept, positions)
     measured["fitted"] = perplexity()
     if do_align:
-        short = min(length, BATCH_TOKENS)
+        short = length // math.ceil(length / BATCH_TOKENS)
         windows = windows[:, : length // short * short].reshape(-1, short)
         positions, rotation = FirePositions.arange(short, model.device), cut(rotation, short)
         kept = None if kept is None else cut(kept, short)

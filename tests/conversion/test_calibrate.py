@@ -347,6 +347,8 @@ def test_text_sampled_from_the_model_itself(tmp_path):
     ("text", "changes", "message"),
     [
         (["short"], {}, "less than two windows of 33 tokens: use more"),
+        ([TEXT], {"length": 2049}, r"`length=2049` is beyond `L` \(2048\)"),
+        ([TEXT], {"length": 1}, "`length` must be at least 2, got 1"),
         ([TEXT], {"tokens": 31}, "`tokens=31` is less than one window of 32 tokens"),
         ("nowhere.txt", {}, "There is no file 'nowhere.txt'"),
         ("", {}, "There is no file ''"),
