@@ -69,13 +69,13 @@ BLOCKS_16 = {
 # With float32 inputs, whose products are computed in full precision, without tensor cores:
 BLOCKS_32 = {
     ("forward", 8): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
-    ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2), Blocks(16, 16, 8, 2)),
-    ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1)),
-    ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 16, 4, 2)),
+    ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 2), Blocks(16, 16, 4, 2)),
+    ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1)),
+    ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 16, 8, 2)),
 }
 # With 16 bits, where keys stand anywhere, `psi` is a power or each head has its own, which take more registers:
 BLOCKS_16_HEAVY = {
-    ("query", 9): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 16, 8, 2)),
+    ("query", 9): (Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(128, 32, 8, 2), Blocks(32, 32, 4, 2)),
     ("decode", 10): (Blocks(1, 128, 4, 3), Blocks(1, 128, 4, 3), Blocks(1, 64, 4, 3), Blocks(1, 64, 8, 2)),
 }
 # Rows or columns of a tile, at most.
