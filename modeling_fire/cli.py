@@ -78,8 +78,12 @@ def convert(
         typer.Option(min=2, help="Tokens in a window of it. [default: the training length, up to 8192]"),
     ] = None,
     align: Annotated[
-        bool, typer.Option(help="Of the calibration: fit the bias, then align the layers. Or only fit it.")
-    ] = conversion.CalibrationOptions.align,
+        bool | None,
+        typer.Option(
+            help="Of the calibration: fit the bias, then align the layers. Or only fit it, as by default where "
+            "windows are longer than 2048 tokens."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration.")] = 0,
     max_length: Annotated[
         int | None,

@@ -56,14 +56,16 @@ class CalibrationOptions:
         length (`int`, *optional*):
             Of a window, in tokens: the training length of the original, but no more than 8192, if not given. Distances
             beyond it are left to chance; beyond the training length the original is no model to follow.
-        align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
+        align (`bool`, *optional*):
+            Whether to align, after the fit; if not given, where windows have no more than 2048 tokens. Longer ones are
+            aligned in parts, which undid some of the fit where it was measured.
         seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
     """
 
     text: str | Sequence[str]
     tokens: int = 307_200
     length: int | None = None
-    align: bool = True
+    align: bool | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -85,7 +87,7 @@ class Calibration:
         seed (`int`): see [`CalibrationOptions`].
         perplexity (`dict[str, float]`):
             Of the second half of held-out windows of that length, computed in float32: `"original"`, `"dropped"`
-            (neither the rotation that goes nor a bias), `"fitted"`, and `"aligned"` if asked for.
+            (neither the rotation that goes nor a bias), `"fitted"`, and `"aligned"` if it was.
     """
 
     text: str
@@ -181,7 +183,8 @@ def calibrate_folder(
     # Of a text that is too short half is held out.
     count = min(options.tokens // length, max(len(windows) - few_windows(length), len(windows) // 2))
     text = windows[:count, :-1]
-    perplexity = calibrate(model, text, windows[count:], options.align, options.seed, max_period)
+    do_align = length <= BATCH_TOKENS if options.align is None else options.align
+    perplexity = calibrate(model, text, windows[count:], do_align, options.seed, max_period)
     if not all(math.isfinite(value) for value in perplexity.values()):
         raise ConversionError(f"The calibration failed: perplexities {perplexity}. Nothing was written.")
     replace_weights(folder, model.state_dict())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
-from modeling_fire.conversion import calibrate as calibration
+from modeling_fire.conversion import calibrate as calibrate_module
 from modeling_fire.conversion.align import align
 from modeling_fire.conversion.calibrate import calibrate, original_attention, original_states, public_name
 from modeling_fire.conversion.fit import RIDGE, fit, minimise
@@ -217,13 +217,13 @@ def test_calibration_removes_the_rotation_and_nears_the_original(kept):
 
 @pytest.mark.parametrize("max_period", [None, LENGTH / 4])
 def test_long_windows_are_fitted_whole_and_aligned_in_parts(kept, max_period, monkeypatch):
-    monkeypatch.setattr(calibration, "BATCH_TOKENS", LENGTH // 4)
-    monkeypatch.setattr(calibration, "FEW_TOKENS", 3 * LENGTH)
+    monkeypatch.setattr(calibrate_module, "BATCH_TOKENS", LENGTH // 4)
+    monkeypatch.setattr(calibrate_module, "FEW_TOKENS", 3 * LENGTH)
     model = kept(checkpoints.llama())
     ids = torch.randint(3, 99, (10, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     with (
-        mock.patch.object(calibration, "fit", wraps=fit) as fitted,
-        mock.patch.object(calibration, "align", wraps=align) as aligned,
+        mock.patch.object(calibrate_module, "fit", wraps=fit) as fitted,
+        mock.patch.object(calibrate_module, "align", wraps=align) as aligned,
     ):
         measured = calibrate(model, ids[2:, :-1], ids[:2], max_period=max_period)
     assert fitted.call_args.args[1].shape[:2] == (3, LENGTH)
@@ -267,6 +267,9 @@ def test_convert_calibrates_and_says_so(source, tmp_path):
 
     longer = CalibrationOptions(str(tmp_path / "text.txt"), tokens=1000, length=48, align=False)
     assert convert(source, tmp_path / "longer", calibrate=longer).calibration.length == 48
+    with mock.patch.object(calibrate_module, "BATCH_TOKENS", 31):  # longer windows are aligned only if asked to
+        unasked = convert(source, tmp_path / "long", calibrate=options).calibration
+    assert list(unasked.perplexity) == ["original", "dropped", "fitted"]
 
     convert(source, tmp_path / "again", calibrate=options)
     for name, value in load_file(tmp_path / "again" / "model.safetensors").items():

@@ -105,7 +105,7 @@ def test_wrong_settings_are_refused(settings):
     refused("`training`: `learning_rate` must be a number, got None", training__learning_rate=None)
     refused("CalibrationOptions has no field `algin` .* `align`", model__calibrate={"algin": True})
     refused("`model.calibrate` has fields of its own, got True", model__calibrate=True)
-    refused("`model.calibrate`: Field 'align' expected bool, got str .*'no'", model__calibrate={"align": "no"})
+    refused("`model.calibrate`: Field 'align' .* expected bool, got str .*'no'", model__calibrate={"align": "no"})
     refused(r"`model.calibrate`: Field 'tokens' expected int, got float .*320.0", model__calibrate={"tokens": 3.2e2})
     refused("`model.calibrate`: Field 'text' .* expected str, got int", model__calibrate={"text": 5})
     for length in (0, 3.5, "long", True):
