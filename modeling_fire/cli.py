@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from . import cards, conversion
+from .errors import FireError
 from .evaluation import report
 from .evaluation.passkey import NAMES
 
@@ -23,7 +24,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the command with one line and exit status 1, where its input is at fault."""
     try:
         yield
-    except (cards.CardError, conversion.ConversionError, report.EvaluationError) as error:
+    except FireError as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_fire.conversion.text import MAX_CHARACTERS
+from modeling_fire.text import MAX_CHARACTERS
 
 
 # Between the document and the answer.

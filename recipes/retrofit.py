@@ -35,7 +35,7 @@ from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.conversion import check_out, convert
-from modeling_fire.conversion.text import sampled_windows
+from modeling_fire.conversion.sampling import sampled_windows
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.training import FireTrainer
 

@@ -22,7 +22,8 @@ from windows import Windows, read_windows
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.conversion import FAMILIES, RECORD_NAME, CalibrationOptions, fire_configs
 from modeling_fire.conversion.calibrate import SAMPLE
-from modeling_fire.conversion.text import check_tokens, start_token
+from modeling_fire.conversion.sampling import start_token
+from modeling_fire.text import check_tokens
 from modeling_fire.training import RotationAnnealing
 
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from modeling_fire.conversion import ConversionError
-from modeling_fire.conversion.family import FULL_DISK as SYSTEM_FULL_DISK
+from modeling_fire.errors import FULL_DISK as SYSTEM_FULL_DISK
+from modeling_fire.errors import FireError
 
 
 Fields = TypeVar("Fields")
@@ -22,7 +22,7 @@ Fields = TypeVar("Fields")
 FULL_DISK = (*SYSTEM_FULL_DISK, "PytorchStreamWriter failed", "unexpected pos ")
 
 
-class SettingsError(ValueError):
+class SettingsError(FireError):
     """Settings that are wrong, or do not fit the data. The message says what to change."""
 
 
@@ -31,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
     """Ends the program with one line where its input is at fault, or the disk is full."""
     try:
         yield
-    except (SettingsError, ConversionError) as error:
+    except FireError as error:
         raise SystemExit(f"Error: {' '.join(str(error).split())}") from error
     except Exception as error:
         if not any(sign in str(error) for sign in FULL_DISK):

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from settings import SettingsError
 
-from modeling_fire.conversion.text import FORMATS
+from modeling_fire.text import FORMATS
 
 
 # What `datasets` raises for what is missing, broken, empty, or no dataset.

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modeling_fire.conversion.text import read_texts, token_windows
+from modeling_fire.text import read_texts, token_windows
 
 
 @dataclass
@@ -39,7 +39,7 @@ def read_windows(
     """
     Args:
         text (`str` or `Sequence[str]`):
-            A file or a dataset, see [`~modeling_fire.conversion.text.read_texts`], or the documents themselves.
+            A file or a dataset, see [`~modeling_fire.text.read_texts`], or the documents themselves.
         tokenizer (`PreTrainedTokenizerBase`): also gives each document its special tokens.
         length (`int`): tokens in a window for training.
         held_out (`float`): share of the text, in characters.

@@ -16,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..configuration_fire import FireConfig
 from ..conversion import RECORD_NAME, library_versions
+from ..errors import FireError
 from .measures import STDLIB, Perplexities, Text, is_hub_id, texts
 
 
@@ -24,7 +25,7 @@ CARD_NAME = "README.md"
 LICENCE = ("license", "license_name", "license_link")
 
 
-class CardError(ValueError):
+class CardError(FireError):
     """What no card can be written of. The message says what would do."""
 
 

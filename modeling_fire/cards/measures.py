@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.text import FORMATS
+from ..text import FORMATS
 
 
 STDLIB, STDLIB_NAME = "stdlib", "Python's standard library"

@@ -21,10 +21,11 @@ from ..configuration_fire import FireConfig
 from ..evaluation import loss_by_context
 from ..modeling_fire import FireAttention, FireDecoderLayer, FireForCausalLM
 from ..positions_fire import FirePositions
+from ..text import check_tokens, read_texts, token_windows
 from .align import align
 from .family import ConversionError
 from .fit import fit
-from .text import check_tokens, read_texts, sampled_windows, start_token, token_windows
+from .sampling import sampled_windows, start_token
 from .weights import replace_weights
 
 

@@ -1,7 +1,5 @@
 """What a family of checkpoints is: the config fields and the weight names that make it a FIRE model."""
 
-import errno
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +9,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-
-# What the system says of a file that cannot be written to its end; libraries repeat it in errors of their own.
-FULL_DISK = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+from ..errors import FULL_DISK, FireError
 
 
-class ConversionError(ValueError):
+class ConversionError(FireError):
     """A checkpoint that cannot be converted, or a conversion that went wrong. The message names what is at fault."""
 
 
@@ -28,7 +24,7 @@ def reading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except ConversionError:
+    except FireError:
         raise
     except Exception as error:
         problem = error.__cause__ if isinstance(error, StrictDataclassError) else error

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration_fire import FireConfig
 from ..modeling_fire import FireForCausalLM
+from ..text import check_tokens
 from .family import ConversionError
 from .source import Source
-from .text import check_tokens
 
 
 # Tokens of the prompt, at most. A weight in the wrong place shows in any handful.

@@ -1,5 +1,7 @@
 """The error of everything here that a user can mend."""
 
+from ..errors import FireError
 
-class EvaluationError(ValueError):
+
+class EvaluationError(FireError):
     """What cannot be evaluated. The message names what is at fault, and what would do."""

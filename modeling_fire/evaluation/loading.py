@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..conversion.text import read_texts, token_windows
+from ..text import read_texts, token_windows
 from .errors import EvaluationError
 
 
@@ -122,7 +122,7 @@ def shared_tokens(text: str, checkpoints: Sequence[Checkpoint], count: int) -> t
     The first tokens of a text, the same for all models.
 
     Args:
-        text (`str`): file or dataset, see [`~modeling_fire.conversion.text.read_texts`].
+        text (`str`): file or dataset, see [`~modeling_fire.text.read_texts`].
         checkpoints (`Sequence[Checkpoint]`): whose tokenizers to ask.
         count (`int`): how many tokens at the most.
 
@@ -131,7 +131,7 @@ def shared_tokens(text: str, checkpoints: Sequence[Checkpoint], count: int) -> t
 
     Raises:
         [`EvaluationError`]: if tokenizers differ on this text, or one has tokens that its model does not know.
-        [`~modeling_fire.conversion.ConversionError`]: if the text cannot be read.
+        [`~modeling_fire.errors.TextError`]: if the text cannot be read.
     """
     first, *others = (token_windows(read_texts(text), c.tokenizer, 1, count).flatten() for c in checkpoints)
     for checkpoint, tokens in zip(checkpoints[1:], others, strict=True):

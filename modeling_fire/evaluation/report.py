@@ -34,7 +34,7 @@ class EvaluationOptions:
     What to measure.
 
     Args:
-        text (`str`): file or dataset, see [`~modeling_fire.conversion.text.read_texts`]. Its beginning is used.
+        text (`str`): file or dataset, see [`~modeling_fire.text.read_texts`]. Its beginning is used.
         contexts (`Sequence[int]`, *optional*):
             Lengths in tokens. By default 1, 2, 4 and 8 times the shortest `max_position_embeddings` of the models (or
             512), as far as the text goes.
@@ -83,7 +83,7 @@ def evaluate(
         `loss_by_position` (nats per token, the mean of each window) and `passkey` (from 0 to 1, by length and depth).
 
     Raises:
-        [`EvaluationError`], [`~modeling_fire.conversion.ConversionError`]: before anything is measured, if a model or
+        [`EvaluationError`], [`~modeling_fire.errors.TextError`]: before anything is measured, if a model or
             the text cannot be read, or the settings do not fit them.
     """
     names = distinct_names(models)
@@ -182,7 +182,7 @@ def plot_model(
         positions (`Sequence[int]`, *optional*):
             Where the queries stand, in tokens. By default at the end of the training length, and of 4 times as much.
         text (`str`, *optional*):
-            File or dataset, see [`~modeling_fire.conversion.text.read_texts`], in whose first tokens to observe the
+            File or dataset, see [`~modeling_fire.text.read_texts`], in whose first tokens to observe the
             attention of the queries at, and just before, each of the positions.
 
         history (`Path`, *optional*):
@@ -193,7 +193,7 @@ def plot_model(
         there to look at, see [`attention_entropy`].
 
     Raises:
-        [`EvaluationError`], [`~modeling_fire.conversion.ConversionError`]: if the model, the text or the history
+        [`EvaluationError`], [`~modeling_fire.errors.TextError`]: if the model, the text or the history
             cannot be read, the model has no position bias, the text is shorter than the positions, or the history has
             neither `c` nor `L`.
     """

@@ -1,4 +1,4 @@
-"""Calibration: the fit against plain autograd, the alignment, the texts, and the whole of it through `convert`."""
+"""Calibration: the fit against plain autograd, the alignment, and the whole of it through `convert`."""
 
 import json
 import math
@@ -9,9 +9,7 @@ from unittest import mock
 import checkpoints
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
-from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_fire import FireForCausalLM
@@ -20,9 +18,11 @@ from modeling_fire.conversion import calibrate as calibrate_module
 from modeling_fire.conversion.align import align
 from modeling_fire.conversion.calibrate import calibrate, original_attention, original_states, public_name
 from modeling_fire.conversion.fit import RIDGE, fit, minimise
-from modeling_fire.conversion.text import read_texts, sampled_windows, token_windows
+from modeling_fire.conversion.sampling import sampled_windows
+from modeling_fire.errors import FireError
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.positions_fire import FirePositions
+from modeling_fire.text import token_windows
 
 
 LENGTH = 32
@@ -330,7 +330,7 @@ def test_a_text_needs_a_tokenizer_and_a_calibration_finite_figures(tmp_path):
 
 def test_a_text_has_tokens_that_the_model_knows(source, tmp_path):
     checkpoints.save_tokenizer(source, ["<pad>", "<s>", "</s>", *map(str, range(10, 106)), *"The fir"])
-    with pytest.raises(ConversionError, match=r"tokenizer makes token number \d+ of a text, and the model has 99"):
+    with pytest.raises(FireError, match=r"tokenizer makes token number \d+ of a text, and the model has 99"):
         convert(source, tmp_path / "out", calibrate=CalibrationOptions([TEXT], tokens=100), verify=False)
 
 
@@ -359,7 +359,7 @@ def test_text_sampled_from_the_model_itself(tmp_path):
     ],
 )
 def test_what_cannot_be_calibrated_on_is_refused_before_anything_is_written(source, tmp_path, text, changes, message):
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(FireError, match=message):
         convert(source, tmp_path / "out", calibrate=CalibrationOptions(text, **changes))
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
@@ -370,59 +370,6 @@ def test_only_a_dropped_rotation_is_calibrated(source, tmp_path):
     checkpoints.bloom().save_pretrained(tmp_path / "bloom")
     with pytest.raises(ConversionError, match="is for a rotation that is dropped"):
         convert(tmp_path / "bloom", tmp_path / "out", calibrate=CalibrationOptions([TEXT]))
-
-
-# Texts.
-
-
-def test_texts_from_files(tmp_path):
-    documents = ["one", "two\nlines", "Grüße"]
-    (tmp_path / "a.txt").write_text("\n".join(documents), encoding="utf-8")
-    assert list(read_texts(str(tmp_path / "a.txt"))) == ["\n".join(documents)]
-    rows = [{"text": document, "other": 1} for document in documents]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    assert list(read_texts(str(tmp_path / "a.jsonl"))) == documents
-    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    assert list(read_texts(str(tmp_path / "a.parquet"))) == documents
-    (tmp_path / "dataset").mkdir()  # to `datasets` a folder is a dataset like any on the Hub
-    Dataset.from_list(rows).to_parquet(tmp_path / "dataset" / "train.parquet")
-    assert list(read_texts(str(tmp_path / "dataset"))) == documents
-    assert list(read_texts(f"{tmp_path / 'dataset'}:default")) == documents
-    with pytest.raises(ConversionError, match="cannot be read as a file or a dataset"):
-        list(read_texts(f"{tmp_path / 'dataset'}:nonesuch"))
-    assert list(read_texts(documents)) == documents
-    for name, content, message in (
-        ("b", '{"body": "x"}', "a row without a text in its column 'text': {'body': 'x'}"),
-        ("c", '{"text": null}', "a row without a text in its column 'text': {'text': None}"),
-        ("d", '{"text": "whole"}\n{"text": "bro', "cannot be read as a file or a dataset"),
-        ("e", "", "cannot be read as a file or a dataset"),
-    ):
-        (tmp_path / f"{name}.jsonl").write_text(content)
-        with pytest.raises(ConversionError, match=message):
-            list(read_texts(str(tmp_path / f"{name}.jsonl")))
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConversionError, match="is not text in UTF-8"):
-        list(read_texts(str(tmp_path / "b.txt")))
-
-
-def test_windows_are_the_documents_in_a_row(tmp_path):
-    tokenizer = checkpoints.save_tokenizer(tmp_path)
-    read = []
-
-    def documents():
-        for text in ("A fire", "needs", "three", "things"):
-            read.append(text)
-            yield text
-
-    windows = token_windows(documents(), tokenizer, 4, 2)
-    # The tokenizer marks neither beginning nor end.
-    assert tokenizer.convert_ids_to_tokens(windows.flatten().tolist()) == [*"A fire", "</s>", "n"]
-    assert read == ["A fire", "needs"], "no more is read than is needed"
-    assert token_windows(["A fire"], tokenizer, 4, 9).shape == (1, 4)
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<s> $0", special_tokens=[("<s>", 1)])
-    windows = token_windows(["A", "fire", "", "x"], tokenizer, 9, 1)
-    assert tokenizer.convert_ids_to_tokens(windows[0].tolist()) == ["<s>", "A", "<s>", *"fire", "<s>", "<s>"]
-    assert token_windows(["A fire. " * 10**7], tokenizer, 4, 2).shape == (2, 4), "at once: the rest is not looked at"
 
 
 def test_what_is_published_names_no_folder(tmp_path):

@@ -20,7 +20,7 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from modeling_fire.conversion import ConversionError
+from modeling_fire.errors import TextError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
 from modeling_fire.evaluation.loading import EvaluationError, distinct_names
 from modeling_fire.evaluation.report import EvaluationOptions, evaluate, learned_tables, plot_model, tables
@@ -199,7 +199,7 @@ def test_code_of_a_checkpoint_runs_only_if_it_may(folder, tmp_path):
 @pytest.mark.parametrize("text", ["missing.txt", "picture.txt"])
 def test_a_text_that_cannot_be_read(folder, tmp_path, text):
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG")
-    with pytest.raises(ConversionError, match=text):
+    with pytest.raises(TextError, match=text):
         evaluate([str(folder / "fire")], EvaluationOptions(str(tmp_path / text)))
 
 
