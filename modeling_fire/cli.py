@@ -174,6 +174,9 @@ def evaluate(
     keys: Annotated[
         int, typer.Option(min=1, max=len(NAMES), help="Numbers in that text; one is asked for.")
     ] = report.EvaluationOptions.num_keys,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Such texts for each length and each of five places of the number.")
+    ] = report.EvaluationOptions.num_trials,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as they are stored.")] = Dtype.auto,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model. FIRE needs none.")
@@ -193,7 +196,7 @@ def evaluate(
             --contexts 2048 --contexts 8192 --contexts 32768 --by-position --passkey --out evaluation
     """
     if not passkey:
-        refuse_idle(context, ("keys",), "--passkey")
+        refuse_idle(context, ("keys", "trials"), "--passkey")
     options = report.EvaluationOptions(
         text,
         contexts=contexts,
@@ -203,6 +206,7 @@ def evaluate(
         by_position=by_position,
         passkey=passkey,
         num_keys=keys,
+        num_trials=trials,
         dtype=dtype.value,
     )
     with one_line_errors():

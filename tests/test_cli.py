@@ -1,6 +1,7 @@
 """The `fire` command."""
 
 import json
+from unittest import mock
 
 import pytest
 from corpus import byte_tokenizer
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from modeling_fire import FireForCausalLM
 from modeling_fire.cli import app
+from modeling_fire.evaluation.passkey import continues
 
 
 @pytest.fixture
@@ -112,8 +114,9 @@ def test_options_that_would_do_nothing_are_refused(source, tmp_path, option, idl
 
 
 def test_numbers_without_passkeys_are_refused(tmp_path):
-    result = fire("evaluate", tmp_path, "--text", "text.txt", "--keys", "3")
-    assert result.exit_code == 2 and "`--keys` does nothing without `--passkey`" in result.output
+    for option in ("--keys", "--trials"):
+        result = fire("evaluate", tmp_path, "--text", "text.txt", option, "3")
+        assert result.exit_code == 2 and f"`{option}` does nothing without `--passkey`" in result.output
 
 
 @pytest.fixture
@@ -138,7 +141,11 @@ def test_help_of_the_measures_shows_a_complete_example(command):
 def test_evaluate(models):
     arguments = ["--contexts", 64, "--contexts", 512, "--targets", 32, "--windows", 4, "--by-position", "--passkey"]
     text, out = models / "text.txt", models / "out"
-    result = fire("evaluate", models / "fire", models / "llama", "--text", text, *arguments, "--out", out)
+    with mock.patch("modeling_fire.evaluation.passkey.continues", wraps=continues) as asked:
+        result = fire(
+            "evaluate", models / "fire", models / "llama", "--text", text, *arguments, "--trials", 2, "--out", out
+        )
+    assert asked.call_count == 2 * 5 * 2, "models, depths, trials"
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == "Perplexity of the same 4 x 32 tokens of text.txt, by context"

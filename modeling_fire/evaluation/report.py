@@ -47,6 +47,7 @@ class EvaluationOptions:
         passkey (`bool`, *optional*, defaults to `False`):
             Whether to measure retrieval as well, at the contexts that keys and question fill to no more than half.
         num_keys (`int`, *optional*, defaults to 1): keys in a text, one of which is asked for.
+        num_trials (`int`, *optional*, defaults to 10): texts for each length and each of five places of the key.
         dtype (`str`, *optional*, defaults to `"auto"`): of the weights; `"auto"` is that of the checkpoint.
     """
 
@@ -58,6 +59,7 @@ class EvaluationOptions:
     by_position: bool = False
     passkey: bool = False
     num_keys: int = 1
+    num_trials: int = 10
     dtype: str = "auto"
 
 
@@ -122,7 +124,9 @@ def measure(
     if options.by_position:
         figures["loss_by_position"] = bin_positions(loss_by_position(model, windows))
     if options.passkey:
-        figures["passkey"] = passkey_accuracy(model, checkpoint.tokenizer, lengths, num_keys=options.num_keys)
+        figures["passkey"] = passkey_accuracy(
+            model, checkpoint.tokenizer, lengths, trials=options.num_trials, num_keys=options.num_keys
+        )
     return figures
 
 
