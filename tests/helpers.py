@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire import FireConfig, FireForCausalLM, FirePositionBias
 
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,17 @@ def tiny_model(model_class=FireForCausalLM, seed: int = 0, attn_implementation: 
     torch.manual_seed(seed)
     config = tiny_config(**changes)
     return model_class._from_config(config, attn_implementation=attn_implementation).eval()
+
+
+def random_fire(num_heads: int = 3, mlp_width: int = 5, init_L: float = 7.0, **options) -> FirePositionBias:
+    """A bias in float64 with an `f` of no particular shape, whose `c` and `L_multiplier` are negative."""
+    torch.manual_seed(0)
+    bias = FirePositionBias(num_heads, mlp_width, init_L=init_L, init_f="uniform", **options).double()
+    with torch.no_grad():
+        for parameter, value in ((bias.c, -0.3), (bias.L_multiplier, -1.1)):
+            if parameter is not None:
+                parameter.fill_(value)
+    return bias
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:

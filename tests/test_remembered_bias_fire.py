@@ -1,0 +1,123 @@
+"""What a bias remembers for inference: it follows the parameters, and is shared by threads and saved by nobody."""
+
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from modeling_fire import FirePositionBias
+from modeling_fire.attention_fire import fire_attention
+from modeling_fire.positions_fire import FirePositions
+
+
+@torch.no_grad()
+def test_what_inference_remembers_follows_the_parameters():
+    torch.manual_seed(0)
+    bias, other = FirePositionBias(2, init_L=9.0).eval(), FirePositionBias(2, init_L=9.0, init_f="uniform").eval()
+    positions = FirePositions.arange(1, past=5)
+
+    def pieces(module: FirePositionBias) -> list[torch.Tensor]:
+        found = module(positions, piecewise=True)
+        return [*found.tensors, found.table]
+
+    assert pieces(bias)[1] is pieces(bias)[1], "worked out once"
+    several = bias(FirePositions.arange(3, past=5), piecewise=True)
+    assert several.slope is pieces(bias)[1] and several.table is None, "also for several tokens of a step"
+    for change in (
+        lambda: bias.load_state_dict(other.state_dict()),
+        lambda: bias.c.mul_(2),
+        lambda: bias.mlp[2].weight.add_(1),
+        lambda: setattr(bias.L_multiplier, "data", bias.L_multiplier.data * 3),
+        lambda: bias.mlp[0].weight.data.mul_(2),
+        lambda: bias.mlp[2].bias.data.copy_(torch.ones(2)),
+        lambda: bias.init_L.fill_(4.0),
+        lambda: nn.utils.parametrizations.weight_norm(bias.mlp[2]),
+        lambda: bias.mlp[2].parametrizations.weight.original0.mul_(2),
+    ):
+        before = pieces(bias)
+        change()
+        after, fresh = pieces(bias), pieces(copy.deepcopy(bias).train().eval())
+        changed = not all(torch.equal(a, b) for a, b in zip(before[:6], after[:6], strict=True))
+        assert changed or "parametrizations" in dict(bias.mlp[2].named_children())
+        assert all(torch.equal(a, b) for a, b in zip(fresh[:6], after[:6], strict=True))
+
+
+@torch.no_grad()
+def test_what_inference_remembers_goes_by_the_types_and_options():
+    bias = FirePositionBias(2, init_L=9.0, init_f="uniform").eval()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, n, 8, generator=generator, dtype=torch.float64) for n in (1, 6, 6))
+
+    def attend(dtype: torch.dtype) -> torch.Tensor:
+        return fire_attention(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+
+    def check() -> None:
+        expected = copy.deepcopy(bias).double()(FirePositions.arange(1, past=5))
+        expected = (query @ key.mT * 8**-0.5 + expected).softmax(-1) @ value
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 0.05)) * 2:
+            torch.testing.assert_close(attend(dtype).double(), expected, rtol=0.0, atol=tolerance)
+
+    for change in (bias.eval, bias.double, bias.float, lambda: setattr(bias, "eps", 0.5)):
+        change()
+        check()
+    # What a GPU leaves, which watches versions rather than values.
+    bias.memory["state"] = [(p.data_ptr(), p._version) for p in bias.parameters()]
+    check()
+
+
+@torch.no_grad()
+def test_what_a_device_without_cheap_comparisons_remembers():
+    # Not on a GPU, but told apart by the versions of the parameters all the same.
+    bias = FirePositionBias(2, init_L=9.0).to("meta").eval()
+    assert bias.remembered() is not None
+    bias.memory["constants"] = "kept"
+    assert bias.remembered() is not None and "constants" in bias.memory
+    for change in (lambda: bias.c.mul_(2), lambda: setattr(bias, "eps", 0.5), lambda: bias.init_L.fill_(4.0)):
+        change()
+        assert bias.remembered() is not None and "constants" not in bias.memory
+        bias.memory["constants"] = "kept"
+    bias.c.data.mul_(2)  # shows in no version
+    assert bias.remembered() is not None and "constants" in bias.memory
+    bias(FirePositions.arange(2, "meta"), piecewise=True)
+    assert bias.memory["constants"] != "kept", "a text that begins is read anew"
+    bias.eval()
+    assert "constants" not in bias.memory
+    bias.to_empty(device="cpu")
+    assert bias.remembered() is not None
+
+
+def test_threads_share_what_inference_remembers():
+    """Texts that begin and steps that go on, side by side, as in a server."""
+    bias = FirePositionBias(2, init_L=9.0).eval()
+    calls = FirePositions.arange(5), FirePositions.arange(1, past=5), FirePositions.arange(1, past=20)
+    with torch.no_grad():
+        expected = [bias(positions, piecewise=True).slope for positions in calls]
+
+    @torch.no_grad()
+    def work(number: int) -> bool:
+        turns = [(number + turn) % 3 for turn in range(300)]
+        return all(torch.equal(bias(calls[turn], piecewise=True).slope, expected[turn]) for turn in turns)
+
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+@torch.no_grad()
+def test_the_table_of_inference_is_the_dense_bias():
+    bias = FirePositionBias(2, init_L=9.0).double().eval()
+    table = bias(FirePositions.arange(1, past=5), piecewise=True).table
+    torch.testing.assert_close(table[:, -6:], bias(FirePositions.arange(1, past=5))[0, :, 0], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_inference_remembers_is_not_saved():
+    bias = FirePositionBias(2, init_L=9.0).eval()
+    bias(FirePositions.arange(1, past=5), piecewise=True)
+    assert bias.memory and not copy.deepcopy(bias).memory
