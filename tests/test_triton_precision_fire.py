@@ -5,16 +5,15 @@ from unittest import mock
 
 import pytest
 import torch
-from reference import dense_attention, dense_bias, double, random_bias
+from reference import dense_attention, double, random_bias
 from triton_checks import (
     DEVICE,
-    NAMES,
     POSITIONS,
     check,
-    errors,
+    check_low_precision,
     fused,
+    low_precision_attention,
     random_inputs,
-    reference,
     small_tiles,  # noqa: F401
     triton_fire,
 )
@@ -52,27 +51,9 @@ def test_coordinates_of_a_million(general):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
-    """
-    Errors are at most twice those of the plain formula in the same precision (the bias in float32), and those of the
-    gradients of the bias are of another order: the rounding of the output does not come in.
-    """
     positions = FirePositions.arange(40, past=20)
-    bias = random_bias(2, positions, dtype=torch.float32)
     inputs = random_inputs(positions, head_dim=32, dtype=dtype)
-    expected = reference(*inputs, bias, positions, 0.2)
-
-    wanted = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
-    wanted += [field.requires_grad_() for field in (bias.slope, bias.offset, bias.c, bias.row_scale)]
-    output, lse = low_precision_attention(*wanted[:3], bias, positions, 0.2)
-    plain = output.detach(), lse.detach(), torch.autograd.grad(output, wanted, inputs[3])
-
-    actual = fused(*inputs, bias, positions, 0.2)
-    assert actual[0].dtype == dtype and actual[1].dtype == torch.float32
-    assert [gradient.dtype for gradient in actual[2]] == [dtype] * 3 + [torch.float32] * 4
-    limits, found = errors(*plain, expected, bias), errors(*actual, expected, bias)
-    limit = 2 * max(limits[name] for name in ("output", "query", "key", "value"))
-    assert max(found[name] for name in ("output", "query", "key", "value")) < limit, (found, limits)
-    assert max(found[name] for name in NAMES[3:]) < 1e-5, found
+    check_low_precision(inputs, random_bias(2, positions, dtype=torch.float32), positions, 0.2)
 
 
 @pytest.mark.parametrize("init_f", ["decay", "uniform"])
@@ -110,14 +91,6 @@ def test_decoding_in_low_precision(dtype):
     output = fused(query, key, value, grad, bias, positions, 0.2)[0]
     assert output.dtype == dtype
     assert (output - expected).abs().max() <= 2 * (plain - expected).abs().max()
-
-
-def low_precision_attention(query, key, value, bias, positions, scaling):
-    """The plain formula with products of low precision: scores and probabilities rounded, as PyTorch's layers do."""
-    key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * scaling + dense_bias(bias, positions)
-    scores = torch.where(positions.mask(), scores, -torch.inf)
-    return scores.softmax(-1).to(query.dtype) @ value, scores.logsumexp(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
