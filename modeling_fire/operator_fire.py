@@ -56,6 +56,8 @@ def choose_backend(device: torch.device, forced: str) -> str:
         raise ValueError(
             f"FIRE_BACKEND=triton, but the tensors are on {device.type}: unset it, or set TRITON_INTERPRET=1 to test."
         )
+    if name == "cpu" and device.type not in ("cpu", "meta"):  # on "meta" one counts operations
+        raise ValueError(f"FIRE_BACKEND=cpu, but the tensors are on {device.type}: unset it, or move them to the CPU.")
     lack = ""
     if name == "triton" and not is_triton_available():
         lack = "Triton is not installed"

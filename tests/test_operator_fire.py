@@ -259,6 +259,8 @@ def test_the_choice_of_a_backend(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="FIRE_BACKEND=triton, but the tensors are on cpu"):
         choose_backend(cpu, "triton")
+    with pytest.raises(ValueError, match="FIRE_BACKEND=cpu, but the tensors are on cuda"):
+        choose_backend(gpu, "cpu")
     monkeypatch.setattr("modeling_fire.operator_fire.is_triton_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend(cpu, "triton") == "triton"
