@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_fire.triton_backward_fire import _delta_kernel, _key_gradient_kernel, _query_gradient_kernel
-from modeling_fire.triton_fire import HEAD_DIMS, Blocks, block_sizes, is_heavy, power_of_two
+from modeling_fire.triton_fire import GROUP_BLOCK, HEAD_DIMS, Blocks, block_sizes, is_heavy, power_of_two
 from modeling_fire.triton_forward_fire import _combine_kernel, _decode_kernel, _forward_kernel
 from modeling_fire.triton_tiles_fire import _plan_kernel
 
@@ -121,7 +121,7 @@ def shipped_cases(arch: int) -> Iterator[Case]:
 
 
 def compile_case(case: Case) -> Any:
-    """The kernel as Triton compiles it for bias gradients, GQA off, tensors aligned to 16 bytes."""
+    """The kernel as Triton compiles it for bias gradients, tensors aligned to 16 bytes."""
     function, form = KERNELS[case.kernel], FORMS[case.form]
     constants: dict[str, Any] = {
         "TRANSFORM": form.transform,
@@ -135,7 +135,7 @@ def compile_case(case: Case) -> Any:
         "DIM_BLOCK": power_of_two(case.head_dim),
         "KNOT_BLOCK": power_of_two(form.knots),
         "SEGMENT_BLOCK": power_of_two(form.knots + 1),
-        "GROUP_BLOCK": 16,
+        "GROUP_BLOCK": GROUP_BLOCK,
         "SPLIT_BLOCK": 64,
         "SCAN_BLOCK": 128,
     }
@@ -254,7 +254,7 @@ def describe(case: Case, code: Code) -> str:
     """One line of the table."""
     elements = case.blocks.rows * case.blocks.columns / (32 * case.blocks.warps)
     if case.kernel == "decode":
-        elements = 16 * case.blocks.columns / (32 * case.blocks.warps)
+        elements = GROUP_BLOCK * case.blocks.columns / (32 * case.blocks.warps)
     loops = []
     for loop in code.hot_loops:
         way = loop.shortest

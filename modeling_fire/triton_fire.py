@@ -83,6 +83,8 @@ MAX_ROWS = 256
 # Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are
 # many keys for each: queries of guessed tokens, or of the requests of continuous batching, which each see few of them.
 DECODE_QUERIES, MAX_DECODE_QUERIES, KEYS_PER_QUERY = 4, 256, 512
+# Query heads of one key head that such a program takes together: the least that a matrix product has rows.
+GROUP_BLOCK = 16
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -284,19 +286,19 @@ def decode(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     blocks = block_sizes_for("decode", query, bias, positions)
-    programs = batch * kv_heads * num_queries
+    programs = batch * kv_heads * triton.cdiv(group, GROUP_BLOCK) * num_queries
     splits = num_splits(programs, key.shape[2], blocks.columns, query.device)
-    group_block, dim_block = power_of_two(group), power_of_two(head_dim)
-    part = torch.empty(programs, splits, group_block, dim_block, dtype=torch.float32, device=query.device)
-    totals = torch.empty(programs, splits, 2, group_block, dtype=torch.float32, device=query.device)
+    dim_block = power_of_two(head_dim)
+    part = torch.empty(programs, splits, GROUP_BLOCK, dim_block, dtype=torch.float32, device=query.device)
+    totals = torch.empty(programs, splits, 2, GROUP_BLOCK, dtype=torch.float32, device=query.device)
     _decode_kernel[(splits * programs,)](
         query, key, value, part, totals, *rows[:4], *tables(rows), scaling, *strides(query, key, value),
         *[batch_stride(field) for field in rows[:6]], num_queries, key.shape[2], kv_heads, group, rows.knots.shape[0],
-        splits, C_PER_HEAD=rows.c.shape[0] > 1, GROUP_BLOCK=group_block, **constants(query, bias, positions, blocks),
+        splits, C_PER_HEAD=rows.c.shape[0] > 1, GROUP_BLOCK=GROUP_BLOCK, **constants(query, bias, positions, blocks),
     )  # fmt: skip
     _combine_kernel[(batch * heads * num_queries,)](
         part, totals, output, lse, *strides(output), num_queries, heads, group, splits, HEAD_DIM=head_dim,
-        GROUP_BLOCK=group_block, DIM_BLOCK=dim_block, SPLIT_BLOCK=triton.next_power_of_2(splits),
+        GROUP_BLOCK=GROUP_BLOCK, DIM_BLOCK=dim_block, SPLIT_BLOCK=triton.next_power_of_2(splits),
     )  # fmt: skip
 
 

@@ -121,14 +121,16 @@ def _decode_kernel(
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(splits, batch * key heads * queries)`, flat: one query beside one part of its keys, for all heads of a
-    group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
+    Grid `(splits, batch * key heads * bundles * queries)`, flat: one query beside one part of its keys, for a bundle of
+    heads of a group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
     `(grid, GROUP_BLOCK, DIM_BLOCK)`, and the largest score and the sum of weights in `TOTALS`, float32
     `(grid, 2, GROUP_BLOCK)`.
     """
     split, instance = _program(splits)
     row = instance % num_queries
-    batch, kv_head = instance // num_queries // kv_heads, instance // num_queries % kv_heads
+    bundles = tl.cdiv(group, GROUP_BLOCK)
+    bundle = instance // num_queries % bundles
+    batch, kv_head = instance // num_queries // bundles // kv_heads, instance // num_queries // bundles % kv_heads
     wide_batch, wide_kv = batch.to(tl.int64), kv_head.to(tl.int64)
     query = tl.load(QUERY + batch * query_stride + row).to(tl.int32)
     first = tl.maximum(tl.load(FIRST + batch * first_stride + row), 0).to(tl.int32)
@@ -136,7 +138,7 @@ def _decode_kernel(
     scale = tl.load(ROW_SCALE + batch * scale_stride + row).to(tl.float32)
 
     member = tl.arange(0, GROUP_BLOCK)
-    head = kv_head * group + tl.minimum(member, group - 1)
+    head = kv_head * group + tl.minimum(bundle * GROUP_BLOCK + member, group - 1)
     dim = tl.arange(0, DIM_BLOCK)
     q_base = Q + wide_batch * q_batch + row.to(tl.int64) * q_row
     q = tl.load(q_base + head.to(tl.int64)[:, None] * q_head + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
@@ -209,11 +211,12 @@ def _combine_kernel(
     """Grid `(batch * heads * queries)`: the parts of one query and head, put together."""
     row = tl.program_id(0) % num_queries
     batch, head = tl.program_id(0) // num_queries // heads, tl.program_id(0) // num_queries % heads
-    kv_heads = heads // group
+    bundles, member = tl.cdiv(group, GROUP_BLOCK), head % group
+    bundle = (batch * (heads // group) + head // group) * bundles + member // GROUP_BLOCK
+    member %= GROUP_BLOCK
     split, dim = tl.arange(0, SPLIT_BLOCK), tl.arange(0, DIM_BLOCK)
     inside = split < splits
-    part = ((batch * kv_heads + head // group) * num_queries + row).to(tl.int64) * splits + split
-    member = head % group
+    part = (bundle * num_queries + row).to(tl.int64) * splits + split
     largest = tl.load(TOTALS + part * 2 * GROUP_BLOCK + member, mask=inside, other=LOWEST)
     total = tl.load(TOTALS + (part * 2 + 1) * GROUP_BLOCK + member, mask=inside, other=0.0)
     pointers = PART + (part * GROUP_BLOCK + member)[:, None] * DIM_BLOCK + dim[None, :]

@@ -48,6 +48,11 @@ def test_static_cache(queries):
                 assert (gradient[:, :, 33:] == 0).all()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(20, 1), (66, 2)])
+def test_groups_of_more_heads_than_a_program_takes(heads, kv_heads):
+    check(FirePositions.arange(2, past=50), heads=heads, kv_heads=kv_heads, batch=2, L=20.0)
+
+
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decoding(queries, splits, monkeypatch):
