@@ -147,13 +147,18 @@ def sdpa_attention(
     """
     if position_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("cache") is not None and can_fuse(module, query, None, positions, position_bias, **kwargs):
-        return fire_paged_attention(module, query, key, value, positions, position_bias, **kwargs)
+    cache = kwargs.pop("cache", None)
+    if cache is not None:  # of continuous batching: hands out the keys of all requests in a row
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        if can_fuse(module, query, None, positions, position_bias, **kwargs):
+            scaling = kwargs["scaling"]
+            return fire_attention_forward(module, query, key, value, None, positions, position_bias, scaling)
 
     from_positions = attention_mask is None and positions.first is not None
     length, num_keys = query.shape[2], key.shape[2]
-    whole = torch.compiler.is_compiling() or kwargs.get("cache") is not None
-    size = length if whole else min(length, query_block_size(query, key, position_bias, positions))
+    size = length
+    if not torch.compiler.is_compiling():
+        size = min(length, query_block_size(query, key, position_bias, positions))
     if size == length:
         mask = positions.mask() if from_positions else attention_mask
         bias = sdpa_bias(dense_bias(module, position_bias, positions, query), query)
@@ -251,22 +256,6 @@ def fire_attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return fused_attention(query, key, value, bias, positions, scaling).transpose(1, 2), None
-
-
-def fire_paged_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: FirePositions,
-    position_bias: PositionBias,
-    cache: Any,
-    scaling: float,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Fused attention over the cache of continuous batching, which hands out the keys of all requests in a row."""
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    return fire_attention_forward(module, query, key, value, None, positions, position_bias, scaling)
 
 
 class AttentionLayer(NamedTuple):

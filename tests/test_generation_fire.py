@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from modeling_fire import FireModel, FirePositionBias, attention_fire
+from modeling_fire.positions_fire import FirePositions
 
 
 LENGTH = 24
@@ -161,29 +162,56 @@ def test_autocast_leaves_what_is_prepared_alone():
     assert all(torch.equal(*pair) for pair in zip(bias.prepared, expected, strict=True))
 
 
+PROMPTS = [random_ids(n, seed=n).tolist() for n in (5, 9, 13)]
+# Of continuous batching, whose cache by default takes most of the machine's memory.
+BATCHING = {
+    "generation_config": GenerationConfig(**{**GREEDY, "eos_token_id": -1}, pad_token_id=0),
+    "continuous_batching_config": ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64),
+}
+no_paged_bias = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="its paged SDPA takes no bias"
+)
+
+
+def one_by_one(model) -> dict[tuple, list[int]]:
+    return {tuple(p): model.generate(torch.tensor([p]), **GREEDY)[0, len(p) :].tolist() for p in PROMPTS}
+
+
+def side_by_side(model) -> dict[tuple, list[int]]:
+    outputs = model.generate_batch(PROMPTS, **BATCHING)
+    return {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+
+
 @torch.no_grad()
 def test_continuous_batching():
     model = tiny_model()
-    prompts = [random_ids(n, seed=n).tolist() for n in (5, 9, 13)]
-    expected = [model.generate(torch.tensor([p]), **GREEDY)[0, len(p) :].tolist() for p in prompts]
-    config = GenerationConfig(**{**GREEDY, "eos_token_id": -1}, pad_token_id=0)
-    # By default the cache takes most of the machine's memory.
-    batching = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
     if Version(transformers.__version__) < Version("5.23"):  # its paged SDPA takes no bias
         with pytest.raises(ValueError, match="would drop the position bias"):
-            model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+            side_by_side(model)
         return
+    expected = one_by_one(model)
     fuse, prepare = attention_fire.fused_attention, FirePositionBias.constants
     with (
         mock.patch.object(attention_fire, "fused_attention", wraps=fuse) as fused,
         mock.patch.object(FirePositionBias, "constants", autospec=True, side_effect=prepare) as work,
     ):
-        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+        found = side_by_side(model)
     layers = model.config.num_hidden_layers
     assert fused.call_count > 2 * layers and work.call_count <= 2 * layers
     assert model.config._attn_implementation == "fire"
-    by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
-    assert [by_prompt[tuple(p)] for p in prompts] == expected
+    assert found == expected
+
+
+@no_paged_bias
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"position_bias": "t5"}, {"fire_activation": "gelu"}, {"fire_mlp_depth": 2}])
+def test_continuous_batching_in_blocks_of_queries(changes, monkeypatch):
+    model = tiny_model(**changes)
+    expected, block = one_by_one(model), FirePositions.block
+    monkeypatch.setattr(attention_fire, "MAX_BLOCK_ELEMENTS", 1000)
+    with mock.patch.object(FirePositions, "block", autospec=True, side_effect=block) as blocks:
+        assert side_by_side(model) == expected
+    assert blocks.call_count > 2 * model.config.num_hidden_layers, "27 tokens of prompts in several blocks"
 
 
 @torch.no_grad()
@@ -231,7 +259,7 @@ def test_generation_with_a_static_cache_compiles_once(padding):
     assert not any("sort" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="its paged SDPA takes no bias")
+@no_paged_bias
 def test_a_manager_of_continuous_batching():
     model = tiny_model()
     model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(num_blocks=8))
