@@ -1,17 +1,12 @@
-"""Three implementations of one attention: equal values and gradients, bounded memory and rounding, refusals."""
-
-import math
-from unittest import mock
+"""Three implementations of one attention: equal values and gradients, bounded rounding, refusals."""
 
 import pytest
 import torch
 from helpers import random_ids, tiny_config, tiny_model
+from scenarios import LENGTH, SCENARIOS, logits_and_gradients, model_and_logits
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import StaticCache
 
-from modeling_fire import FireForCausalLM, attention_fire
+from modeling_fire import FireForCausalLM
 from modeling_fire.attention_fire import (
     SUPPORTED_ATTENTION,
     eager_attention_forward,
@@ -25,7 +20,6 @@ from modeling_fire.positions_fire import FirePositions
 
 
 FUNCTIONS = {"eager": eager_attention_forward, "sdpa": sdpa_attention, "flex_attention": flex_attention}
-LENGTH = 13
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -175,40 +169,6 @@ def test_the_bias_stays_wide_where_the_kernel_takes_it():
 # Whole models
 
 
-def arguments(scenario: str) -> dict:
-    """Arguments of a forward pass with two sequences of `LENGTH` tokens."""
-    mask = torch.ones(2, LENGTH, dtype=torch.long)
-    match scenario:
-        case "left padding":
-            mask[0, :4] = 0
-            return {"attention_mask": mask}
-        case "right padding":
-            mask[1, -5:] = 0
-            return {"attention_mask": mask}
-        case "packed":
-            starts = [torch.cat([torch.arange(n), torch.arange(LENGTH - n)]) for n in (5, 9)]
-            return {"position_ids": torch.stack(starts), "use_cache": False}
-        case "4D mask":
-            seen = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) > 0.3
-            seen = (seen | torch.eye(LENGTH, dtype=torch.bool)).tril()
-            hidden = torch.finfo(torch.float64).min
-            return {"attention_mask": torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, hidden)}
-    return {}
-
-
-SCENARIOS = ["causal", "left padding", "right padding", "packed", "4D mask"]
-
-
-def model_and_logits(name: str, scenario: str, **changes):
-    """A model in float64 (RMS norms would compute in float32) and its logits, 0 where the input is padding."""
-    model = tiny_model(attn_implementation=name, norm_type="layer_norm", **changes).double()
-    given = arguments(scenario)
-    logits = model(random_ids(2, LENGTH), **given).logits
-    if "padding" in scenario:
-        logits = logits * given["attention_mask"][..., None]
-    return model, logits
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("position_bias", ["fire", "alibi", "none"])
 def test_implementations_agree(scenario, position_bias):
@@ -224,16 +184,11 @@ def test_implementations_agree(scenario, position_bias):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", ["fire", "sdpa"])
 def test_every_gradient_is_that_of_the_plain_formula(name, scenario, shared):
-    weights = torch.randn(2, LENGTH, 99, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradients = []
-    for implementation in ("eager", name):
-        model, logits = model_and_logits(implementation, scenario, fire_share_layers=shared)
-        (logits * weights).sum().backward()
-        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    for key, expected in gradients[0].items():
+    expected, actual = (logits_and_gradients(n, scenario, fire_share_layers=shared) for n in ("eager", name))
+    for key, wanted in expected.items():
         # The last bias of f shifts whole rows of scores, which a softmax ignores.
-        assert (expected.abs().max() > 1e-9) != ("position_bias.mlp.2.bias" in key), key
-        torch.testing.assert_close(gradients[1][key], expected, rtol=1e-8, atol=1e-10, msg=key)
+        assert (wanted.abs().max() > 1e-9) != ("position_bias.mlp.2.bias" in key), key
+        torch.testing.assert_close(actual[key], wanted, rtol=1e-8, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -245,99 +200,6 @@ def test_no_token_sees_the_ones_ahead_however_large_their_bias(name, dtype):
     ids = random_ids(1, 60)
     other = torch.cat([ids[:, :30], random_ids(1, 30, seed=1)], dim=1)
     assert torch.equal(model(ids).logits[:, :30], model(other).logits[:, :30])
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("changes", [{"position_bias": "t5"}, {"fire_activation": "gelu"}, {"fire_mlp_depth": 2}])
-@torch.no_grad()
-def test_what_is_not_piecewise_linear_takes_blocks(monkeypatch, scenario, changes):
-    expected = model_and_logits("eager", scenario, **changes)[1]
-    limit_rows(monkeypatch, 3)
-    monkeypatch.setattr(attention_fire, "fused_attention", None)
-    actual = model_and_logits("fire", scenario, **changes)[1]
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-
-
-# Blocks of queries
-
-
-def limit_rows(monkeypatch, rows: int, keys: int = LENGTH, batch: int = 1) -> None:
-    """Allows the bias of `rows` queries at a time: 4 heads, and a hidden layer of 32 before and after its ReLU."""
-    monkeypatch.setattr(attention_fire, "MAX_BLOCK_ELEMENTS", rows * keys * batch * (4 + 2 * 32))
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("rows", [1, 3, 12])
-@torch.no_grad()
-def test_blocks_of_queries_change_nothing(monkeypatch, scenario, rows):
-    expected = model_and_logits("sdpa", scenario)[1]
-    limit_rows(monkeypatch, rows, batch=2 if scenario in ("left padding", "right padding", "packed") else 1)
-    with mock.patch.object(FirePositions, "block", autospec=True, side_effect=FirePositions.block) as block:
-        torch.testing.assert_close(model_and_logits("sdpa", scenario)[1], expected, rtol=1e-10, atol=1e-12)
-    assert block.call_count == 2 * math.ceil(LENGTH / rows), "two layers, each in blocks of `rows`"
-
-
-@torch.no_grad()
-def test_blocks_of_queries_in_a_static_cache(monkeypatch):
-    model, ids = tiny_model(attn_implementation="sdpa", norm_type="layer_norm").double(), random_ids(2, LENGTH)
-    expected = model(ids).logits
-    limit_rows(monkeypatch, 3, keys=20)
-    cache = StaticCache(config=model.config, max_cache_len=20)
-    chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split([8, 5], dim=1)]
-    torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=1e-10, atol=1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor)])
-        return output
-
-
-def gradients_of_blocks(monkeypatch, rows: int, dropout: float) -> dict[str, torch.Tensor]:
-    limit_rows(monkeypatch, rows)
-    model = tiny_model(attn_implementation="sdpa", attention_dropout=dropout).double().train()
-    ids = random_ids(1, LENGTH)
-    model(ids, labels=ids).loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def test_blocks_of_queries_leave_gradients_alone(monkeypatch):
-    expected = gradients_of_blocks(monkeypatch, LENGTH, dropout=0.0)
-    with mock.patch.object(attention_fire, "checkpoint", wraps=attention_fire.checkpoint) as checkpoint:
-        found = gradients_of_blocks(monkeypatch, 3, dropout=0.0)
-    assert checkpoint.call_count == 2 * math.ceil(LENGTH / 3), "two layers, each in blocks of three"
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-
-
-def test_a_block_that_is_computed_twice_drops_the_same_twice(monkeypatch):
-    found = gradients_of_blocks(monkeypatch, 3, dropout=0.3)
-    monkeypatch.setattr(attention_fire, "checkpoint", lambda function, *args, use_reentrant: function(*args))
-    torch.testing.assert_close(found, gradients_of_blocks(monkeypatch, 3, dropout=0.3), rtol=1e-9, atol=1e-11)
-
-
-@pytest.mark.parametrize("scenario", ["causal", "left padding"])
-@pytest.mark.parametrize("training", [False, True])
-def test_no_tensor_of_queries_keys_and_heads_exists(monkeypatch, scenario, training):
-    length = 256
-    model, ids = tiny_model(attn_implementation="sdpa"), random_ids(1, length)
-    mask = torch.ones(1, length, dtype=torch.long)
-    mask[0, : 9 if scenario == "left padding" else 0] = 0
-
-    def largest_tensor() -> int:
-        with LargestTensor() as kept, torch.set_grad_enabled(training):
-            output = model(ids, attention_mask=mask, labels=ids)
-            if training:
-                output.loss.backward()
-        return kept.numel
-
-    assert largest_tensor() >= 4 * length * length, "one block, or this test measures nothing"
-    limit_rows(monkeypatch, 7, keys=length)
-    assert largest_tensor() <= max(attention_fire.MAX_BLOCK_ELEMENTS, length * length) < 4 * length * length
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
