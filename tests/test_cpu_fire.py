@@ -125,6 +125,13 @@ def test_layouts(layout, kv_heads, sizes):
     check(positions, random_bias(4, positions), kv_heads=kv_heads)
 
 
+@pytest.mark.parametrize("layout", ["causal", "decoding", "scattered"])
+@pytest.mark.parametrize("head_dim", [32, 80, 128, 256])
+def test_head_dims(layout, head_dim):
+    positions = LAYOUTS[layout]
+    check(positions, random_bias(4, positions), kv_heads=2, head_dim=head_dim)
+
+
 @pytest.mark.parametrize("transform", ["log", "power", "identity"])
 @pytest.mark.parametrize("L", [0.3, 1.0, 37.0, 50.5, 1000.0])
 def test_transforms_and_thresholds(transform, L, sizes):

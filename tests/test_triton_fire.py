@@ -62,15 +62,17 @@ def test_head_dims(head_dim):
         (torch.bfloat16, 64, 8),
         (torch.bfloat16, 64, 9),
         (torch.bfloat16, 128, 9),
+        (torch.bfloat16, 256, 8),
         (torch.bfloat16, 64, 10),
     ],
 )
-def test_shipped_tiles(dtype, head_dim, capability, monkeypatch):
-    blocks = {
-        kernel: triton_fire.block_sizes(kernel, dtype, head_dim, capability) for kernel in ("forward", "query", "key")
-    }
-    monkeypatch.setattr(triton_fire, "block_sizes_for", lambda kernel, *arguments: blocks[kernel])
-    positions = FirePositions.arange(140, past=9)
+@pytest.mark.parametrize(("queries", "past"), [(140, 9), (2, 300)], ids=["forward", "decode"])
+def test_shipped_tiles(dtype, head_dim, capability, queries, past, monkeypatch):
+    def block_sizes_for(kernel, *arguments):
+        return triton_fire.block_sizes(kernel, dtype, head_dim, capability)
+
+    monkeypatch.setattr(triton_fire, "block_sizes_for", block_sizes_for)
+    positions = FirePositions.arange(queries, past=past)
     bias = random_bias(1, positions, dtype=torch.float32)
     inputs = random_inputs(positions, heads=1, head_dim=head_dim, dtype=dtype)
     if dtype == torch.float32:

@@ -38,14 +38,14 @@ def test_extremes_of_c_and_L(c, L):
     check(FirePositions.arange(33), c=c, L=L)
 
 
+@pytest.mark.parametrize("queries", [1, 30])
 @pytest.mark.parametrize("general", [False, True])
-def test_coordinates_of_a_million(general):
-    positions = FirePositions.arange(30)
+def test_coordinates_of_a_million(general, queries):
+    positions = FirePositions.arange(queries, past=30 - queries)
+    far = positions.query + 10**6
+    positions = positions._replace(absolute=far, query=far)
     if general:
-        far = positions.query + 10**6
-        positions = positions._replace(absolute=far, query=far, key=far, consecutive=False)
-    else:
-        positions = positions._replace(absolute=positions.query + 10**6, query=positions.query + 10**6)
+        positions = positions._replace(key=positions.key + 10**6, consecutive=False)
     check(positions)
 
 
