@@ -121,8 +121,8 @@ def _decode_kernel(
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
-    Grid `(splits, batch * key heads * bundles * queries)`, flat: one query beside one part of its keys, for a bundle of
-    heads of a group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
+    Grid `(splits, batch * key heads * bundles * queries)`, flat: one query beside one part of its keys, for a bundle
+    of heads of a group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
     `(grid, GROUP_BLOCK, DIM_BLOCK)`, and the largest score and the sum of weights in `TOTALS`, float32
     `(grid, 2, GROUP_BLOCK)`.
     """
