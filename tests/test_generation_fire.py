@@ -3,6 +3,8 @@ Generation: every way of decoding that transformers offers agrees with recomputi
 Models are compiled and exported as one graph.
 """
 
+import os
+from shutil import which
 from unittest import mock
 
 import pytest
@@ -278,6 +280,20 @@ def test_compiles_as_one_graph_with_a_static_cache():
     for t in range(16, LENGTH):
         logits = step(ids[:, t : t + 1], position_ids=torch.tensor([[t]]), past_key_values=cache).logits
         torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
+
+
+@pytest.mark.skipif(not which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler on the PATH")
+def test_a_training_step_through_inductor(monkeypatch, tmp_path):
+    """By PyTorch's own compiler, which the other tests leave out to save time: loss and every gradient."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model, ids = tiny_model(num_hidden_layers=1).train(), random_ids(2, LENGTH)
+    results = []
+    for step in (model, torch.compile(model, fullgraph=True)):
+        loss = step(ids, labels=ids, use_cache=False).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
