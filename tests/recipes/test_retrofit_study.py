@@ -102,7 +102,7 @@ def test_a_variant_of_a_variant_that_is_not_trained_is_refused(study):
         read_fields(Study, study)
 
 
-@pytest.mark.parametrize("name", ["study", "smollm2-study", "smollm2-cpu"])
+@pytest.mark.parametrize("name", ["study", "distill", "smollm2-study", "smollm2-cpu"])
 def test_the_shipped_studies_load(name):
     study = read_fields(Study, yaml.safe_load((ROOT / "recipes" / "retrofit" / f"{name}.yaml").read_text()))
     for variant in study.variants:
