@@ -143,11 +143,6 @@ BIASES = [
 ]
 
 
-def packed(length: int) -> tuple[dict, FirePositions]:
-    bounds = torch.tensor([0, 5, 6, length], dtype=torch.int32)
-    return {"cu_seqlens": bounds}, FirePositions.packed(bounds, length)
-
-
 @pytest.mark.parametrize("build", BIASES)
 @pytest.mark.parametrize("scenario", ["causal", "cached", "window", "bidirectional", "packed"])
 def test_any_bias_in_ones_own_layer(build, scenario):
@@ -182,6 +177,13 @@ def test_any_bias_in_ones_own_layer(build, scenario):
     weights = torch.randn(expected.shape, dtype=torch.float64)
     for got, want in zip(*(torch.autograd.grad(o, wanted, weights) for o in (actual, expected)), strict=True):
         torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_cu_seqlens_of_32_bits():
+    """As flash attention takes them."""
+    bias, inputs, bounds = FirePositionBias(4, init_L=5.0).double(), random_qkv(19, 19), torch.tensor([0, 5, 6, 19])
+    narrow, wide = (fire_attention(*inputs, bias, cu_seqlens=starts) for starts in (bounds.int(), bounds))
+    assert torch.equal(narrow, wide)
 
 
 def test_bad_shapes_are_refused():
