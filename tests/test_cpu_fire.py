@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from cpu_checks import LAYOUTS, NAMES, SCALING, cast, check, fused, inputs, merge_shared, plain, set_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import calls, padded, scattered, side_by_side
-from reference import dense_attention, dense_bias, double, random_bias
+from layouts import calls, padded
+from reference import dense_bias, random_bias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_fire import cpu_fire
@@ -18,104 +19,10 @@ from modeling_fire.position_bias_fire import FirePositionBias
 from modeling_fire.positions_fire import FirePositions
 
 
-SCALING = 0.3
-NAMES = ("output", "lse", "query", "key", "value", "slope", "offset", "c", "row_scale")
-
-
 @pytest.fixture(params=[(192, 2**20), (16, 2**8), (5, 1)], ids=["default", "chunks", "odd"])
 def sizes(request, monkeypatch):
     """The sizes of chunks and blocks."""
     set_sizes(monkeypatch, *request.param)
-
-
-def set_sizes(monkeypatch, rows: int, max_scores: int = 2**20) -> None:
-    monkeypatch.setattr(cpu_fire, "ROWS", rows)
-    monkeypatch.setattr(cpu_fire, "MAX_SCORES", max_scores)
-
-
-def cast(bias: PiecewiseBias, dtype: torch.dtype) -> PiecewiseBias:
-    fields = (field.detach().to(dtype) if field.is_floating_point() else field for field in bias.tensors)
-    return PiecewiseBias(*fields, bias.transform)
-
-
-def inputs(positions: FirePositions, *, heads=4, kv_heads=None, batch=2, head_dim=16, seed=1) -> list[torch.Tensor]:
-    """Query, key, value and the gradient of the output, in float64 and in the layout of transformers."""
-    generator = torch.Generator().manual_seed(seed)
-    queries, keys = positions.query.shape[1], positions.key.shape[1]
-    shapes = [(queries, heads), (keys, kv_heads or heads), (keys, kv_heads or heads), (queries, heads)]
-    return [
-        torch.randn(batch, *shape, head_dim, generator=generator, dtype=torch.float64).transpose(1, 2)
-        for shape in shapes
-    ]
-
-
-def plain(tensors: list[torch.Tensor], bias: PiecewiseBias, positions: FirePositions) -> list[torch.Tensor]:
-    """Everything in `NAMES`, by autograd."""
-    *qkv, grad_output = (tensor.detach().requires_grad_() for tensor in tensors)
-    bias = double(bias)
-    output, lse = dense_attention(*qkv, bias, positions, SCALING)
-    leaves = [*qkv, bias.slope, bias.offset, bias.c, bias.row_scale]
-    grads = torch.autograd.grad(output, leaves, grad_output, materialize_grads=True)
-    return [output.detach(), lse.detach(), *grads]
-
-
-def fused(tensors: list[torch.Tensor], bias: PiecewiseBias, positions: FirePositions) -> list[torch.Tensor]:
-    *qkv, grad_output = tensors
-    output, lse = cpu_fire.forward(*qkv, bias, positions, SCALING)
-    grads = cpu_fire.backward(grad_output, *qkv, output, lse, bias, positions, SCALING, True)
-    return [output, lse, *grads]
-
-
-def merge_shared(grad: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """Gradient of `row_scale` with those of shared rows, of which only the sum has a meaning, added up."""
-    shared = shared.expand_as(grad) if len(shared) <= len(grad) else shared.any(0, keepdim=True)
-    return torch.cat([grad[~shared], (grad * shared).sum()[None]])
-
-
-def check(
-    positions: FirePositions, bias: PiecewiseBias, dtype=torch.float64, tolerance: float | None = None, **kwargs
-) -> None:
-    """Compares everything in `NAMES`, relative to the largest entry."""
-    tolerance = tolerance or (1e-12 if dtype == torch.float64 else 2e-5)
-    tensors = [tensor.to(dtype) for tensor in inputs(positions, **kwargs)]
-    bias = cast(bias, torch.promote_types(dtype, torch.float32))
-    expected = plain([tensor.double() for tensor in tensors], bias, positions)
-    actual = fused(tensors, bias, positions)
-    for name, left, right in zip(NAMES, actual, expected, strict=True):
-        assert left.shape == right.shape, name
-        assert left.dtype == (dtype if name in NAMES[:1] + NAMES[2:5] else bias.slope.dtype), name
-        if name == "row_scale":
-            left, right = (merge_shared(grad, bias.shared) for grad in (left, right))
-        finite = right.isfinite()
-        assert torch.equal(left.isfinite(), finite), name
-        error = (left.double() - right)[finite].abs().max() if finite.any() else torch.tensor(0.0)
-        scale = right[finite].abs().max().clamp(min=1) if finite.any() else 1.0
-        assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
-
-
-def static_cache(queries: int, filled: int, capacity: int) -> FirePositions:
-    positions = FirePositions.arange(queries, past=filled - queries)
-    return positions._replace(key=torch.arange(capacity)[None])
-
-
-LAYOUTS = {
-    "causal": FirePositions.arange(83),
-    "one token": FirePositions.arange(1),
-    "continued": FirePositions.arange(30, past=53),
-    "decoding": FirePositions.arange(1, past=70),
-    "decoding before L": FirePositions.arange(1, past=20),
-    "few tokens": FirePositions.arange(3, past=70),
-    "window": FirePositions.arange(83, window=20),
-    "window unclamped": FirePositions.arange(83)._replace(first=torch.arange(83)[None] - 19),
-    "both ways": FirePositions.arange(61, causal=False),
-    "window both ways": FirePositions.arange(61, causal=False, window=9),
-    "packed": FirePositions.packed(torch.tensor([0, 1, 2, 40, 41, 83]), 83),
-    "padded": padded([0, 13], 61),
-    "all padded": padded([61, 7], 61),
-    "continuous batching": side_by_side([(40, 1), (0, 17), (10, 1), (3, 9), (45, 1)]),
-    "static cache": static_cache(7, 60, 90),
-    "scattered": scattered(61),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -302,50 +209,6 @@ def test_without_gradient_of_the_bias():
         assert torch.equal(grad, torch.zeros_like(field))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_memory_layouts(dtype):
-    """Whatever the layout of the inputs: gradients have that of `empty_like`, which `torch.compile` relies on."""
-    positions = LAYOUTS["causal"]
-    bias = random_bias(4, positions)
-    transposed = [tensor.to(dtype) for tensor in inputs(positions)]
-    sliced = [torch.cat([tensor, tensor], dim=2)[:, :, :83] for tensor in transposed]
-    apart = [tensor.mT.contiguous().mT for tensor in transposed]  # the entries of a vector
-    expected = fused(transposed, bias, positions)
-    # The gradient of a sum has one number for all its entries.
-    ones = [*transposed[:3], torch.ones(1, 1, 1, 1, dtype=dtype).expand_as(transposed[3])]
-    for left, right in zip(
-        fused(ones, bias, positions), fused([*ones[:3], ones[3].contiguous()], bias, positions), strict=True
-    ):
-        torch.testing.assert_close(left, right)
-    for tensors in (transposed, [tensor.contiguous() for tensor in transposed], sliced, apart):
-        actual = fused(tensors, bias, positions)
-        assert actual[0].transpose(1, 2).is_contiguous()
-        assert actual[1].is_contiguous()
-        for tensor, grad in zip(tensors[:3], actual[2:5], strict=True):
-            assert grad.stride() == torch.empty_like(tensor).stride()
-        for left, right in zip(actual, expected, strict=True):
-            torch.testing.assert_close(left, right)
-
-
-@pytest.mark.parametrize("layout", ["causal", "decoding", "scattered"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vectors_whose_entries_are_not_neighbours(layout, dtype):
-    positions = LAYOUTS[layout]
-    bias = cast(random_bias(4, positions), torch.float32)
-    tensors = [tensor.to(dtype) for tensor in inputs(positions, kv_heads=2)]
-    ways = [
-        lambda x: x.mT.contiguous().mT,  # from a convolution
-        lambda x: torch.stack((x, x), dim=-1)[..., 0],  # keys and values in one tensor
-        lambda x: x[..., :1].expand(x.shape),
-    ]
-    for way in ways:
-        for changed in range(3):
-            given = [way(x) if i == changed else x for i, x in enumerate(tensors)]
-            expected = fused([x.contiguous() for x in given], bias, positions)
-            for name, left, right in zip(NAMES, fused(given, bias, positions), expected, strict=True):
-                torch.testing.assert_close(left, right, msg=name)
-
-
 @pytest.mark.parametrize("layout", ["causal", "scattered"])
 def test_deterministic(layout):
     positions = LAYOUTS[layout]
@@ -384,36 +247,6 @@ def test_values_of_any_size(size):
     expected, _ = cpu_fire.forward(query, key, value, bias, positions, SCALING)
     actual, _ = cpu_fire.forward(query, key, value * size, bias, positions, SCALING)
     torch.testing.assert_close(actual / size, expected, rtol=1e-4, atol=1e-6)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest memory that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
-        return result
-
-
-@pytest.mark.parametrize("kind", ["shared", "scaled", "pairwise"])
-def test_memory_is_linear(kind, monkeypatch):
-    set_sizes(monkeypatch, 16, 1)
-
-    def largest(length: int) -> int:
-        positions = FirePositions.arange(length)._replace(consecutive=kind != "pairwise")
-        bias = cast(random_bias(2, positions, L=length if kind == "shared" else 1.0), torch.float32)
-        tensors = [tensor.float() for tensor in inputs(positions, heads=2, batch=1, head_dim=8)]
-        with LargestTensor() as mode:
-            fused(tensors, bias, positions)
-        return mode.num_bytes
-
-    assert largest(1024) < 2.2 * largest(512)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
