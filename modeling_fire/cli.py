@@ -85,6 +85,13 @@ def convert(
             "windows are longer than 2048 tokens."
         ),
     ] = None,
+    repeat: Annotated[
+        bool | None,
+        typer.Option(
+            help="Of the calibration: let half of the windows repeat themselves, so that heads which look for what "
+            "was said long ago have something to do. By default where windows are longer than 2048 tokens."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the calibration.")] = 0,
     max_length: Annotated[
         int | None,
@@ -110,13 +117,15 @@ def convert(
         model = AutoModelForCausalLM.from_pretrained("smollm2-fire", trust_remote_code=True)
     """
     if calibrate is None:
-        refuse_idle(context, ("calibration_tokens", "calibration_length", "align", "seed"), "--calibrate")
+        refuse_idle(context, ("calibration_tokens", "calibration_length", "align", "repeat", "seed"), "--calibrate")
     if not verify:
         refuse_idle(context, ("prompt",), "--verify")
     with one_line_errors():
         options = None
         if calibrate is not None:
-            options = conversion.CalibrationOptions(calibrate, calibration_tokens, calibration_length, align, seed)
+            options = conversion.CalibrationOptions(
+                calibrate, calibration_tokens, calibration_length, align, repeat, seed
+            )
         result = conversion.convert(
             source,
             out,

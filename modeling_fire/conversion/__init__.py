@@ -38,9 +38,9 @@ from .weights import Shard, WeightMap, bias_weights, write_shards
 FAMILIES = {model_type: family for family in (LLAMA, GPT_NEOX, BLOOM, MPT) for model_type in family.model_types}
 RECORD_NAME = "conversion.json"
 logger = logging.get_logger("transformers.fire")
-# A pair of dimensions whose rotation turns so often within the training length has been seen at every angle, many
-# times over: more distance brings nothing new. `rotation="fast"` keeps these.
-TURNS = 8
+# A pair of dimensions whose rotation turns so often within the training length has been seen at every angle: more
+# distance brings nothing new. `rotation="fast"` keeps these.
+TURNS = 1
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def convert(
         out (`str` or `Path`): folder to write.
         rotation (`str`, *optional*, defaults to `"drop"`):
             `"drop"` writes pure FIRE; `"keep"` the model that computes what the original does, with the rotation at
-            scale 1; `"fast"` keeps only what of the rotation turns at least [`TURNS`] times within the training
-            length. In all FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
+            scale 1; `"fast"` keeps only what of the rotation comes round within the training length. In
+            all FIRE's bias is 0. ALiBi has no rotation: there FIRE's bias is ALiBi.
         calibrate ([`CalibrationOptions`], *optional*):
             Has the bias take over what the dropped rotation did, as far as that goes without training the model.
         max_length (`int`, *optional*, defaults to 64 times the training length):

@@ -38,6 +38,8 @@ MAX_LENGTH = 8192
 FEW_WINDOWS, FEW_TOKENS = 16, 2**15
 # Bytes that the KV cache may take while text is sampled, and texts that are sampled at once.
 SAMPLE_BYTES, MAX_SAMPLE_BATCH = 2**33, 64
+# Tokens that a window repeats in one piece, or less in a short one.
+PIECE = 128
 SAMPLE = "sample"
 GIVEN = "texts given"  # in the record, which would otherwise hold them
 
@@ -60,13 +62,18 @@ class CalibrationOptions:
         align (`bool`, *optional*):
             Whether to align, after the fit; if not given, where windows have no more than 2048 tokens. Longer ones are
             aligned in parts, which undid some of the fit where it was measured.
-        seed (`int`, *optional*, defaults to 0): of the order of the windows, and of sampled text.
+        repeat (`bool`, *optional*):
+            Whether half of the windows that `f` is fitted to repeat in their second half what stands in their first.
+            Some heads are there to find what a text repeats, and in most text have little to do: fitted to that alone,
+            they look no further than it does. If not given, where windows have more than 2048 tokens.
+        seed (`int`, *optional*, defaults to 0): of the order of the windows and pieces, and of sampled text.
     """
 
     text: str | Sequence[str]
     tokens: int = 307_200
     length: int | None = None
     align: bool | None = None
+    repeat: bool | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -85,6 +92,7 @@ class Calibration:
         text (`str`): the file, the dataset, or `"sample"`.
         tokens (`int`): calibrated on.
         length (`int`): tokens in a window of it.
+        repeat (`bool`): whether half of what was fitted to repeated itself.
         seed (`int`): see [`CalibrationOptions`].
         perplexity (`dict[str, float]`):
             Of the second half of held-out windows of that length, computed in float32: `"original"`, `"dropped"`
@@ -94,6 +102,7 @@ class Calibration:
     text: str
     tokens: int
     length: int
+    repeat: bool
     seed: int
     perplexity: dict[str, float]
 
@@ -185,11 +194,12 @@ def calibrate_folder(
     count = min(options.tokens // length, max(len(windows) - few_windows(length), len(windows) // 2))
     text = windows[:count, :-1]
     do_align = length <= BATCH_TOKENS if options.align is None else options.align
-    perplexity = calibrate(model, text, windows[count:], do_align, options.seed, max_period)
+    repeat = length > BATCH_TOKENS if options.repeat is None else options.repeat
+    perplexity = calibrate(model, text, windows[count:], do_align, options.seed, max_period, repeat)
     if not all(math.isfinite(value) for value in perplexity.values()):
         raise ConversionError(f"The calibration failed: perplexities {perplexity}. Nothing was written.")
     replace_weights(folder, model.state_dict())
-    return Calibration(public_name(options.text), text.numel(), text.shape[1], options.seed, perplexity)
+    return Calibration(public_name(options.text), text.numel(), length, repeat, options.seed, perplexity)
 
 
 def public_name(text: str | Sequence[str]) -> str:
@@ -207,6 +217,7 @@ def calibrate(
     do_align: bool = True,
     seed: int = 0,
     max_period: float | None = None,
+    repeat: bool = False,
 ) -> dict[str, float]:
     """
     Removes the rotation of a model, or the slow part of it, in place.
@@ -218,6 +229,7 @@ def calibrate(
         do_align (`bool`, *optional*, defaults to `True`): whether to align, after the fit.
         seed (`int`, *optional*, defaults to 0): of the order of the windows.
         max_period (`float`, *optional*): see [`calibrate_folder`].
+        repeat (`bool`, *optional*, defaults to `False`): see [`CalibrationOptions`].
 
     Returns:
         `dict[str, float]`: see [`Calibration`].
@@ -243,6 +255,8 @@ def calibrate(
     measured["dropped"] = perplexity()
 
     few = windows[: few_windows(length)]
+    if repeat:
+        few = repeating(few, seed)
     for layer, _, hidden_states in original_states(model, originals, few, rotation, positions, "Fitting"):
         fit(layer.self_attn, layer.input_layernorm(hidden_states.to(model.device)), rotation, kept, positions)
     measured["fitted"] = perplexity()
@@ -257,6 +271,21 @@ def calibrate(
             align(layer, original, hidden_states, rotation, kept, positions, BATCH_TOKENS // short, generator)
         measured["aligned"] = perplexity()
     return measured
+
+
+def repeating(windows: torch.Tensor, seed: int) -> torch.Tensor:
+    """
+    Windows of shape `(windows, length)`, of which every second one has in its second half the pieces of its first, in
+    random order.
+    """
+    windows, generator = windows.clone(), torch.Generator().manual_seed(seed)
+    half = windows.shape[1] // 2
+    size = min(PIECE, half)
+    count = half // size
+    for window in windows[1::2]:
+        pieces = window[: count * size].view(count, size)
+        window[-count * size :] = pieces[torch.randperm(count, generator=generator)].flatten()
+    return windows
 
 
 def cut(rotation: tuple[torch.Tensor, torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,13 @@ from modeling_fire import FireForCausalLM
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
 from modeling_fire.conversion import calibrate as calibrate_module
 from modeling_fire.conversion.align import align
-from modeling_fire.conversion.calibrate import calibrate, original_attention, original_states, public_name
+from modeling_fire.conversion.calibrate import (
+    calibrate,
+    original_attention,
+    original_states,
+    public_name,
+    repeating,
+)
 from modeling_fire.conversion.fit import RIDGE, fit, minimise
 from modeling_fire.conversion.sampling import sampled_windows
 from modeling_fire.errors import FireError
@@ -234,6 +240,32 @@ def test_long_windows_are_fitted_whole_and_aligned_in_parts(kept, max_period, mo
     assert list(measured) == ["original", "dropped", "fitted", "aligned"]
 
 
+@pytest.mark.parametrize("length", [2, 32, 100])
+def test_windows_that_repeat_themselves(length, monkeypatch):
+    monkeypatch.setattr(calibrate_module, "PIECE", 8)
+    windows = torch.arange(5 * length).view(5, length)
+    repeated = repeating(windows, seed=0)
+    assert torch.equal(repeated[::2], windows[::2]) and torch.equal(windows.flatten(), torch.arange(5 * length))
+    half, size = length // 2, min(8, length // 2)
+    for window, original in zip(repeated[1::2], windows[1::2], strict=True):
+        count = half // size * size
+        assert torch.equal(window[: length - count], original[: length - count])
+        pieces, first = window[length - count :].view(-1, size), original[:count].view(-1, size)
+        assert sorted(pieces.tolist()) == first.tolist()
+        assert len(first) < 3 or not torch.equal(pieces, first)
+    assert torch.equal(repeating(windows, seed=0), repeated)
+
+
+def test_the_fit_sees_what_repeats_itself(kept, monkeypatch):
+    """And the alignment sees the text as it is."""
+    monkeypatch.setattr(calibrate_module, "PIECE", 8)
+    ids = torch.randint(3, 99, (10, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    with mock.patch.object(calibrate_module, "original_states", wraps=original_states) as walked:
+        calibrate(kept(checkpoints.llama()), ids[2:, :-1], ids[:2], repeat=True)
+    fitted, aligned = (call.args[2] for call in walked.call_args_list)
+    assert torch.equal(fitted, repeating(ids[2:, :-1], seed=0)) and torch.equal(aligned, ids[2:, :-1])
+
+
 # The whole of it.
 
 
@@ -270,6 +302,7 @@ def test_convert_calibrates_and_says_so(source, tmp_path):
     with mock.patch.object(calibrate_module, "BATCH_TOKENS", 31):  # longer windows are aligned only if asked to
         unasked = convert(source, tmp_path / "long", calibrate=options).calibration
     assert list(unasked.perplexity) == ["original", "dropped", "fitted"]
+    assert unasked.repeat and not calibration.repeat, "as long ones repeat themselves"
 
     convert(source, tmp_path / "again", calibrate=options)
     for name, value in load_file(tmp_path / "again" / "model.safetensors").items():
@@ -282,7 +315,7 @@ def test_what_was_measured_of_a_fast_rotation_is_what_was_written(tmp_path):
     options = CalibrationOptions([TEXT], tokens=1280)
     measured = convert(tmp_path / "source", tmp_path / "out", rotation="fast", calibrate=options).calibration
     model = FireForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.rope_max_period == 16 and model.model.rotary_emb is not None
+    assert model.config.rope_max_period == 128 and model.model.rotary_emb is not None
     held_out = token_windows([TEXT], tokenizer, 129, 26)[10:]
     losses = loss_by_context(model, held_out, [128], num_targets=64)[128]
     assert measured.perplexity["aligned"] == pytest.approx(math.exp(sum(losses) / len(losses)))

@@ -115,9 +115,9 @@ def test_of_the_rotation_stays_what_is_fast(tmp_path):
     assert convert(tmp_path / "source", tmp_path / "out", rotation="fast").proof.holds
     model = FireForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.rope_parameters == reference.config.rope_parameters
-    assert model.config.rope_max_period == 64
+    assert model.config.rope_max_period == 512
     frequencies = reference.model.rotary_emb.inv_freq
-    slow = 2 * math.pi / frequencies > 64
+    slow = 2 * math.pi / frequencies > 512
     assert 0 < slow.sum() < 8
     frequencies[slow] = 0
     assert_same_logits(model, reference, 100)
