@@ -77,6 +77,19 @@ def once(function: Callable[[], object], device: str, repeat: int) -> float:
     return (time.perf_counter() - begin) / repeat
 
 
+def profile(function: Callable[[], object], device: str, count: int = 8) -> list[str]:
+    """Where a call spends its time: the shares of the operators that take most of it, on a GPU of the kernels."""
+    activity = torch.profiler.ProfilerActivity
+    function()
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if device == "cuda" else [])]) as profiler:
+        function()
+        synchronize(device)
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
+    total = sum(getattr(event, field) for event in events)
+    return [f"{getattr(event, field) / total:6.1%} {event.count:6} x {event.key}" for event in events[:count]]
+
+
 def interleaved(functions: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
     """
     Seconds of each call, in rounds: every function once a round, so that whatever else the machine does meets all of
