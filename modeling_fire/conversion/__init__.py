@@ -118,6 +118,7 @@ def convert(
     Raises:
         [`ConversionError`]: for an architecture, an option or files that cannot be converted (before anything is
             written), and if the proof fails, the disk is full, or the result cannot be put at `out` in the end.
+        [`~modeling_fire.errors.TextError`]: for a text that cannot be read, or has tokens that the model lacks.
     """
     from ..cards import Base, write_card  # which import this package
 

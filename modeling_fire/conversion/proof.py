@@ -85,7 +85,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase | None, prompt: str | None, co
             up to `L`.
 
     Raises:
-        [`ConversionError`]: if they are too few, or too much alike, to say anything, or are none of the model's.
+        [`ConversionError`]: if they are too few, or too much alike, to say anything.
+        [`~modeling_fire.errors.TextError`]: if some are none of the model's.
     """
     length = min(LENGTH, config.max_position_embeddings)
     if config.rope_parameters is None:

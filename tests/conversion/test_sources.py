@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, BloomModel, LlamaForCausalLM, LlamaModel
 from modeling_fire import FireForCausalLM, conversion
 from modeling_fire.conversion import ConversionError, convert
 from modeling_fire.conversion.proof import PROMPT
+from modeling_fire.errors import FireError
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -241,7 +242,7 @@ BROKEN = {
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
 def test_broken_files_are_one_error(source, tmp_path, change, message):
     change(source)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(FireError, match=message):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
