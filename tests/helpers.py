@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_fire import FireConfig, FireForCausalLM, FirePositionBias
 
@@ -68,6 +70,18 @@ def random_fire(num_heads: int = 3, mlp_width: int = 5, init_L: float = 7.0, **o
             if parameter is not None:
                 parameter.fill_(value)
     return bias
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest memory has of which an operation returns a tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel] + [x.untyped_storage().nbytes() // x.itemsize for x in tensors])
+        return result
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -5,10 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import random_ids, tiny_model
+from helpers import LargestTensor, random_ids, tiny_model
 from scenarios import LENGTH, SCENARIOS, logits_and_gradients, model_and_logits
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
 from modeling_fire import attention_fire
@@ -60,17 +58,6 @@ def test_blocks_of_queries_in_a_static_cache(monkeypatch):
     cache = StaticCache(config=model.config, max_cache_len=20)
     chunks = [model(chunk, past_key_values=cache).logits for chunk in ids.split([8, 5], dim=1)]
     torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=1e-10, atol=1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor)])
-        return output
 
 
 def gradients_of_blocks(monkeypatch, rows: int, dropout: float) -> dict[str, torch.Tensor]:

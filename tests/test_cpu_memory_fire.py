@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cpu_checks import LAYOUTS, NAMES, cast, fused, inputs, set_sizes
+from helpers import LargestTensor
 from reference import random_bias
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_fire.positions_fire import FirePositions
 
@@ -53,21 +53,6 @@ def test_vectors_whose_entries_are_not_neighbours(layout, dtype):
                 torch.testing.assert_close(left, right, msg=name)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest memory that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
-        return result
-
-
 @pytest.mark.parametrize("kind", ["shared", "scaled", "pairwise"])
 def test_memory_is_linear(kind, monkeypatch):
     set_sizes(monkeypatch, 16, 1)
@@ -78,6 +63,6 @@ def test_memory_is_linear(kind, monkeypatch):
         tensors = [tensor.float() for tensor in inputs(positions, heads=2, batch=1, head_dim=8)]
         with LargestTensor() as mode:
             fused(tensors, bias, positions)
-        return mode.num_bytes
+        return mode.numel
 
     assert largest(1024) < 2.2 * largest(512)

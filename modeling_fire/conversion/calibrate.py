@@ -275,14 +275,14 @@ def calibrate(
 
 def repeating(windows: torch.Tensor, seed: int) -> torch.Tensor:
     """
-    Windows of shape `(windows, length)`, of which every second one has in its second half the pieces of its first, in
-    random order.
+    Windows of shape `(windows, length)`, of which every second one, and an only one, has in its second half the pieces
+    of its first, in random order.
     """
     windows, generator = windows.clone(), torch.Generator().manual_seed(seed)
     half = windows.shape[1] // 2
     size = min(PIECE, half)
     count = half // size
-    for window in windows[1::2]:
+    for window in windows[min(1, len(windows) - 1) :: 2]:
         pieces = window[: count * size].view(count, size)
         window[-count * size :] = pieces[torch.randperm(count, generator=generator)].flatten()
     return windows

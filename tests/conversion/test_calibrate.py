@@ -254,6 +254,7 @@ def test_windows_that_repeat_themselves(length, monkeypatch):
         assert sorted(pieces.tolist()) == first.tolist()
         assert len(first) < 3 or not torch.equal(pieces, first)
     assert torch.equal(repeating(windows, seed=0), repeated)
+    assert length == 2 or not torch.equal(repeating(windows[:1], seed=0), windows[:1]), "an only one repeats itself"
 
 
 def test_the_fit_sees_what_repeats_itself(kept, monkeypatch):

@@ -4,10 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import random_ids, tiny_config, tiny_model
+from helpers import LargestTensor, random_ids, tiny_config, tiny_model
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -133,20 +132,6 @@ def test_a_rotation_that_depends_on_the_length_is_that_of_the_whole_context():
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     model, windows = llama(rope_parameters=rope, max_position_embeddings=16), random_ids(2, 50)
     assert loss_by_context(model, windows, [49], 8, chunk_size=16) == loss_by_context(model, windows, [49], 8)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.numel = max(self.numel, result.numel())
-        return result
 
 
 @pytest.mark.parametrize(
