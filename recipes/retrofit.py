@@ -18,9 +18,9 @@ from disk import check_room, last_checkpoint, train_from
 from grid import losses_by_context, origin, print_perplexities, read_finished, run_once, write_json
 from peft import PeftModel, get_peft_model
 from pretrained import copy_pretrained
-from retrofit_plan import SAMPLED, WINDOWS, Plan, changed_config, with_sampled
+from retrofit_plan import Plan, changed_config
 from retrofit_settings import Retrofit
-from safetensors.torch import save_file
+from sampled import check_sampled, sample, with_sampled
 from settings import SettingsError, settings_from_command_line
 from training_arguments import blamed_on
 from transformers import (
@@ -35,7 +35,6 @@ from windows import Windows, as_dataset
 
 from modeling_fire import FireConfig, FireForCausalLM
 from modeling_fire.conversion import check_out, convert
-from modeling_fire.conversion.sampling import sampled_windows
 from modeling_fire.evaluation import loss_by_context
 from modeling_fire.training import FireTrainer
 
@@ -47,7 +46,7 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
     arguments, output = plan.arguments, Path(run.output_dir)
     converted, settings, checkpoint = output / "converted", "settings.json", last_checkpoint(arguments.output_dir)
     # What is there is gone on with only if it was made with these settings. What was refused left nothing to describe.
-    read_finished(output / SAMPLED / settings, run.sampling)
+    check_sampled(run)
     read_finished(converted / settings, run.conversion)
     begun = None if checkpoint is None else read_finished(output / settings, run.settings)
     if begun is not None and begun["windows_per_step"] != plan.windows_per_step:
@@ -56,10 +55,10 @@ def retrofit(run: Retrofit) -> dict[str, Any]:
             "with as many processes as then, or choose another `output_dir`."
         )
 
-    # 2. Sample, convert and calibrate, as far as that is not done: once, while the other processes wait.
+    # 2. Sample, convert and calibrate, as far as that is not done: the last two once, while other processes wait.
+    if run.data.is_sampled:
+        sample(run, arguments, lambda: original(run, arguments))
     with arguments.main_process_first(local=False):
-        if run.data.is_sampled and not (output / SAMPLED).exists():
-            sample(run, arguments)
         if not (converted / settings).exists():
             make_converted(run, plan, converted)
     windows = with_sampled(plan.windows, output)
@@ -135,22 +134,6 @@ def original(run: Retrofit, arguments: TrainingArguments) -> Any:
     """The source, in the type that is computed in."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     return AutoModelForCausalLM.from_pretrained(run.model.source, dtype=dtype, **run.source)
-
-
-def sample(run: Retrofit, arguments: TrainingArguments) -> None:
-    """Has the source write what is trained on, and what is held out where there is no text for it."""
-    model, batch_size = original(run, arguments).to(arguments.device), arguments.per_device_eval_batch_size
-    length, longest = run.data.length, max(run.evaluation.contexts) + 1
-    windows = {"train": sampled_windows(model, length, run.data.tokens // length, arguments.seed, batch_size)}
-    if run.evaluation.text is None:  # from another seed: it shall not be what is trained on
-        count = run.evaluation.num_windows
-        windows["held_out"] = sampled_windows(model, longest, count, arguments.seed + 1, batch_size)
-    folder = Path(run.output_dir) / SAMPLED
-    unfinished = folder.with_name(f"{SAMPLED}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    save_file(windows, unfinished / WINDOWS)
-    write_json(unfinished / "settings.json", {"settings": run.sampling})
-    unfinished.rename(folder)
 
 
 def load(folder: Path, changes: dict[str, Any] | None = None) -> FireForCausalLM:

@@ -2,7 +2,7 @@
 
 import json
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from pretrained import read_pretrained
 from retrofit_settings import Retrofit
-from safetensors.torch import load_file
 from settings import SettingsError, changed
 from training_arguments import blamed_on, training_arguments
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -25,10 +24,6 @@ from modeling_fire.conversion.calibrate import SAMPLE
 from modeling_fire.conversion.sampling import start_token
 from modeling_fire.text import check_tokens
 from modeling_fire.training import RotationAnnealing
-
-
-# What the source wrote: a folder of the outputs, and a file in it.
-SAMPLED, WINDOWS = "sampled", "windows.safetensors"
 
 
 @dataclass
@@ -80,18 +75,11 @@ class Plan:
 
 
 def windows_of(run: Retrofit, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """The text of a run, tokenised, as far as it is there: see [`with_sampled`] for the rest."""
+    """The text of a run, tokenised, as far as it is there: see `sampled.py` for the rest."""
     data, evaluation, longest = run.data, run.evaluation, max(run.evaluation.contexts) + 1
     text = () if data.is_sampled else data.text
     count = 0 if data.is_sampled and evaluation.text is None else evaluation.num_windows
     return read_windows(text, tokenizer, data.length, run.held_out, longest, count, data.documents, evaluation.text)
-
-
-def with_sampled(windows: Windows, folder: Path) -> Windows:
-    """Together with those that were sampled into `folder`, if any were."""
-    path = folder / SAMPLED / WINDOWS
-    sampled: dict[str, Any] = load_file(path) if path.exists() else {}
-    return replace(windows, **sampled)
 
 
 def check_sample(run: Retrofit, config: FireConfig) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 from grid import Job, losses_by_context, mean_losses, origin, print_perplexities, run_grid, write_json
 from retrofit import load, measure, retrofit
-from retrofit_plan import windows_of, with_sampled
+from retrofit_plan import windows_of
 from retrofit_settings import Retrofit
+from sampled import with_sampled
 from settings import changed, one_line_errors, read_fields, settings_from_command_line
 from transformers import AutoTokenizer
 

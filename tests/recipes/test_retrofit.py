@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from checkpoints import bloom, llama, save_tokenizer
 from helpers import ENVIRONMENT, execute
 from retrofit import load
-from retrofit_plan import with_sampled
 from retrofit_runs import (
     TEXT,
     command,
@@ -23,12 +25,17 @@ from retrofit_runs import (
     small_settings,  # noqa: F401
     small_source,  # noqa: F401
 )
-from settings import changed
+from retrofit_settings import Retrofit
+from safetensors.torch import load_file
+from sampled import sample, with_sampled
+from settings import changed, read_fields
 from test_sources import write_gguf
+from training_arguments import training_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from windows import Windows, as_dataset, read_windows, split
 
 from modeling_fire.conversion import CalibrationOptions, convert
+from modeling_fire.conversion.sampling import sampled_windows
 
 
 def test_gguf_whose_tokenizer_has_a_token_too_many(settings, tmp_path):
@@ -197,12 +204,55 @@ def test_the_source_writes_the_text(sampling, source, tmp_path, monkeypatch):
         run(sampling, **changes)
     assert not (tmp_path / "out" / "converted").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("retrofit.sampled_windows", None)
+        patch.setattr("sampled.sampled_windows", None)
         assert run(sampling, **changes) == undisturbed
     with pytest.raises(SystemExit, match="out/sampled was made with other settings"):
         run(sampling, data__tokens=1400, **changes)
     with pytest.raises(SystemExit, match="out/sampled was made with other settings"):
         run(sampling, training__seed=7, **changes)
+
+
+def test_what_is_sampled_is_written_in_parts(sampling, source, tmp_path, monkeypatch):
+    """Which two processes share, and a killed run has not to write again."""
+    monkeypatch.setattr("sampled.PART_TOKENS", 500)  # 40 windows of 32 tokens are three parts, 8 of 33 are one
+    settings = read_fields(Retrofit, sampling)
+    written = []
+
+    def take_turns(model, length, count, seed, batch_size):
+        written.append((length, count))
+        return sampled_windows(model, length, count, seed, batch_size)
+
+    monkeypatch.setattr("sampled.sampled_windows", take_turns)
+    arguments = training_arguments(tmp_path / "out", settings.training)
+
+    def sample_as(rank: int, output: Path, processes: int = 2) -> None:
+        run = replace(settings, output_dir=str(output))
+        which = SimpleNamespace(
+            process_index=rank,
+            world_size=processes,
+            main_process_first=arguments.main_process_first,
+            device=arguments.device,
+            seed=arguments.seed,
+            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
+        )
+        sample(run, which, lambda: AutoModelForCausalLM.from_pretrained(source))
+
+    sample_as(0, tmp_path / "one", processes=1)
+    assert written == [(32, 15), (32, 15), (32, 10), (33, 8)]
+    written.clear()
+    (tmp_path / "two" / "sampled.unfinished").mkdir(parents=True)
+    sample_as(1, tmp_path / "two")
+    assert written == [(32, 15), (33, 8)]
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr("sampled.load_file", mock.Mock(side_effect=InterruptedError))
+        sample_as(0, tmp_path / "two")
+    written.clear()
+    sample_as(0, tmp_path / "two")
+    assert not written, "all parts were there"
+    one, two = (load_file(tmp_path / name / "sampled" / "windows.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert len(one["train"].unique(dim=0)) == 40
+    assert {path.name for path in (tmp_path / "two" / "sampled").iterdir()} == {"settings.json", "windows.safetensors"}
 
 
 def test_another_text_is_evaluated_on(settings, sampling, source, tmp_path, monkeypatch):
