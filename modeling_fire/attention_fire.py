@@ -147,12 +147,9 @@ def sdpa_attention(
     """
     if position_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    cache = kwargs.pop("cache", None)
-    if cache is not None:  # of continuous batching: hands out the keys of all requests in a row
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        if can_fuse(module, query, None, positions, position_bias, **kwargs):
-            scaling = kwargs["scaling"]
-            return fire_attention_forward(module, query, key, value, None, positions, position_bias, scaling)
+    # Continuous batching, the keys of all requests in a row: its mask says what the positions do.
+    if "read_index" in kwargs and can_fuse(module, query, None, positions, position_bias, **kwargs):
+        return fire_attention_forward(module, query, key, value, None, positions, position_bias, kwargs["scaling"])
 
     from_positions = attention_mask is None and positions.first is not None
     length, num_keys = query.shape[2], key.shape[2]

@@ -81,7 +81,7 @@ class FireConfig(PreTrainedConfig):
     """
 
     model_type = "fire"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # The bias and the head norms are whole on every rank, which uses its own heads of them: gradients are summed.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
 from .base_bias_fire import PositionBias
+from .cache_fire import CACHE, takes_cache
 from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
 from .position_bias_fire import FirePositionBias, build_position_bias
@@ -127,6 +128,7 @@ class FireAttention(nn.Module):
             query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
         return query_states, key_states, value_states
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -139,7 +141,7 @@ class FireAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = self.project(hidden_states, position_embeddings)
         if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -190,7 +192,7 @@ class FirePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FireDecoderLayer"]
     # With a device map a shared bias stays where it is, and its result moves.
-    _skip_keys_device_placement = ["past_key_values", "shared_position_bias"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "shared_position_bias"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # flash attention takes no bias
@@ -241,6 +243,7 @@ class FireModel(FirePreTrainedModel):
         names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(  # type: ignore[misc]
@@ -264,7 +267,8 @@ class FireModel(FirePreTrainedModel):
                 Positions that do not go on by 1, as where they start again at 0, mark packed documents, which do not
                 see each other; that needs `attention_mask=None` and no `past_key_values`. Without `position_ids`,
                 `cu_seq_lens_q`, of shape `(documents + 1,)`, tells where documents begin.
-            past_key_values (`Cache`, *optional*): KV cache; any of transformers' classes.
+            past_key_values (`Cache`, *optional*):
+                KV cache; any of transformers' classes. May also be given as `cache`, its name since transformers 5.24.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
             key_position_ids (`torch.LongTensor` of shape `(batch or 1, past + length)`, *optional*):
@@ -305,8 +309,8 @@ class FireModel(FirePreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids if key_position_ids is None else None,
+                **{CACHE: past_key_values},
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -323,11 +327,11 @@ class FireModel(FirePreTrainedModel):
                 positions=positions,
                 shared_position_bias=self.position_bias,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},  # which gradient checkpointing looks for
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
@@ -350,6 +354,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(  # type: ignore[misc]
         self,
@@ -389,12 +394,13 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
     ) -> torch.Tensor | None:
