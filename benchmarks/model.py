@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama import LlamaConfig
 
 from modeling_fire import FireConfig, FireForCausalLM
+from modeling_fire.cache_fire import named
 
 
 BASE = "LLaMA, RoPE, SDPA"
@@ -46,14 +47,14 @@ def decoding(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         for chunk in ids.split(1024, dim=1):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, logits_to_keep=1, **named(cache))
     last = ids[:, -1:]
 
     @torch.no_grad()
     def decode() -> None:
         token = last
         for _ in range(new_tokens):
-            token = model(token, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+            token = model(token, logits_to_keep=1, **named(cache)).logits.argmax(-1)
         cache.crop(-new_tokens)
 
     return decode

@@ -3,12 +3,19 @@
 import functools
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 # What transformers calls it, in outputs and in its own functions.
 CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def named(cache: Cache | None) -> dict[str, Any]:
+    """The cache as a keyword argument of transformers' own functions and outputs."""
+    return {CACHE: cache}
 
 
 def takes_cache(function: Callable) -> Callable:

@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fire import ALL_ATTENTION_FUNCTIONS, check_attn_implementation, eager_attention_forward
 from .base_bias_fire import PositionBias
-from .cache_fire import CACHE, takes_cache
+from .cache_fire import CACHE, named, takes_cache
 from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
 from .position_bias_fire import FirePositionBias, build_position_bias
@@ -310,7 +310,7 @@ class FireModel(FirePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids if key_position_ids is None else None,
-                **{CACHE: past_key_values},
+                **named(past_key_values),
             )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -328,10 +328,10 @@ class FireModel(FirePreTrainedModel):
                 shared_position_bias=self.position_bias,
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
-                **{CACHE: past_key_values},  # which gradient checkpointing looks for
+                **named(past_key_values),  # which gradient checkpointing looks for
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values})
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(past_key_values))
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
@@ -396,7 +396,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE: getattr(outputs, CACHE)},
+            **named(getattr(outputs, CACHE)),
         )
 
     @staticmethod

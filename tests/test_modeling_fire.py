@@ -16,6 +16,7 @@ from modeling_fire import (
     FireModel,
     attention_fire,
 )
+from modeling_fire.cache_fire import CACHE
 
 
 LENGTH = 24
@@ -57,6 +58,22 @@ def test_cached_equals_uncached(model, kind, bounds):
     with mock.patch("torch.cuda.default_stream"):
         actual = run_in_chunks(model, ids, bounds, make_cache(kind, model.config))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_either_name(model):
+    """That of transformers from 5.24 on, and that from before."""
+    ids, caches = random_ids(2, 9), []
+    for decoder in (model, model.model):
+        for name in ("past_key_values", "cache"):
+            cache = DynamicCache(config=model.config)
+            decoder(ids[:, :6], **{name: cache})
+            output = decoder(ids[:, 6:], **{name: cache})
+            assert output[CACHE] is cache and cache.get_seq_length() == 9
+            caches.append(cache.layers[-1].keys)
+        with pytest.raises(ValueError, match="two names of one argument"):
+            decoder(ids, cache=cache, past_key_values=cache)
+    assert all(torch.equal(keys, caches[0]) for keys in caches)
 
 
 @torch.no_grad()

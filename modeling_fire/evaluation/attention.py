@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..base_bias_fire import PositionBias
+from ..cache_fire import CACHE
 from ..modeling_fire import FireAttention
 from ..position_bias_fire import FirePositionBias
 
@@ -117,7 +118,7 @@ def observe_attention(
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     input_ids = input_ids.to(model.device)
-    cache = model.base_model(input_ids[:, :start], use_cache=True).past_key_values if start else None
+    cache = model.base_model(input_ids[:, :start], use_cache=True)[CACHE] if start else None
     model.set_attn_implementation("eager")  # the only one that returns probabilities
     hooks = [layer.register_forward_hook(take) for layer in layers]
     try:

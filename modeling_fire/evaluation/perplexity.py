@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..cache_fire import CACHE
 from .errors import EvaluationError
 
 
@@ -73,7 +74,7 @@ def loss_by_context(
         for context in sorted(contexts):  # ascending: dynamic NTK does not forget the longest text it has seen
             losses[context] = []
             size = context if rotates_by_length(model) else chunk_size
-            batch_size = max(1, tokens_per_batch // context) if leaves_out_logits(model) else 1
+            batch_size = max(1, tokens_per_batch // context) if takes(model, "logits_to_keep") else 1
             for inputs, labels in zip(windows.split(batch_size), targets.split(batch_size), strict=True):
                 chunks = losses_in_chunks(model, inputs[:, -context - 1 : -1], labels, size)
                 losses[context] += torch.cat(list(chunks), dim=1).mean(dim=1).tolist()
@@ -171,18 +172,19 @@ def losses_in_chunks(
     for chunk in inputs.split(chunk_size, dim=1):
         remaining -= chunk.shape[1]
         count = max(0, min(chunk.shape[1], num_labels - remaining))
-        if leaves_out_logits(model):
+        if takes(model, "logits_to_keep"):  # xLSTM and ProphetNet compute all
             given["logits_to_keep"] = max(1, count)  # 0 would be all
         outputs = model(chunk, **given)
         logits = outputs.logits[:, outputs.logits.shape[1] - count :].float()
         expected = labels[:, num_labels - remaining - count : num_labels - remaining]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), expected.flatten(), reduction="none")
         if remaining:
-            given["past_key_values"] = outputs.get("past_key_values")
-            if given["past_key_values"] is None:
+            cache = outputs.get(CACHE)
+            if cache is None:
                 raise EvaluationError(
-                    f"{type(model).__name__} returns no KV cache (`past_key_values`): it cannot read a text in chunks."
+                    f"{type(model).__name__} returns no KV cache (`{CACHE}`): it cannot read a text in chunks."
                 )
+            given["cache" if takes(model, "cache") else "past_key_values"] = cache
         del outputs, logits  # before the next forward
         yield loss.view_as(expected)
 
@@ -193,9 +195,9 @@ def rotates_by_length(model: PreTrainedModel) -> bool:
     return rope.get("rope_type") in ("dynamic", "longrope")
 
 
-def leaves_out_logits(model: PreTrainedModel) -> bool:
-    """Whether the model computes the logits of the last tokens alone, if asked (xLSTM, ProphetNet do not)."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the `forward` of the model has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
 
 
 def bin_positions(losses: torch.Tensor, bins_per_doubling: int = 2) -> dict[int, list[float]]:
