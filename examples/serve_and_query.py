@@ -17,7 +17,7 @@ from openai import APIConnectionError, OpenAI
 
 
 MODEL = "outputs/examples/assistant"
-# `transformers serve` (5.17 to 5.23) looks for the class that a config names in transformers alone, even if the model
+# `transformers serve` (5.17 to 5.24) looks for the class that a config names in transformers alone, even if the model
 # brings its code. The second line puts one there that finds it; the rest is what the command does.
 SERVER = """
 import transformers

@@ -1,16 +1,17 @@
-"""The name of the KV cache: `past_key_values` in transformers up to 5.23, `cache` since."""
+"""The name of the KV cache: `cache` since transformers 5.24, which deprecates `past_key_values`, its name before."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 # What transformers calls it, in outputs and in its own functions.
-CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(BaseModelOutputWithPast).parameters else "past_key_values"
 
 
 def named(cache: Cache | None) -> dict[str, Any]:
@@ -19,16 +20,20 @@ def named(cache: Cache | None) -> dict[str, Any]:
 
 
 def takes_cache(function: Callable) -> Callable:
-    """Lets a function with an argument `past_key_values` be called with `cache` as well."""
+    """
+    Lets a function with an argument `cache` be called with `past_key_values` as well. Whoever looks at its signature
+    finds the name that goes with the installed transformers.
+    """
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(function)
+    signature = inspect.signature(function)
+    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in signature.parameters.values()]
 
     @functools.wraps(function)
     def renamed(*args, **kwargs):
-        if "cache" in kwargs:
-            cache = kwargs.pop("cache")
-            if cache is not None and kwargs.get("past_key_values") is not None:
-                raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them.")
-            if cache is not None:
-                kwargs["past_key_values"] = cache
+        if CACHE in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE)
         return function(*args, **kwargs)
 
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return renamed

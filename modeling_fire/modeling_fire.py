@@ -136,12 +136,12 @@ class FireAttention(nn.Module):
         shared_position_bias: PositionBias | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query_states, key_states, value_states = self.project(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -192,7 +192,7 @@ class FirePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["FireDecoderLayer"]
     # With a device map a shared bias stays where it is, and its result moves.
-    _skip_keys_device_placement = ["past_key_values", "cache", "shared_position_bias"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "shared_position_bias"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # flash attention takes no bias
@@ -251,7 +251,7 @@ class FireModel(FirePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         key_position_ids: torch.LongTensor | None = None,
@@ -265,10 +265,10 @@ class FireModel(FirePreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*):
                 Position of each token in its document. By default counted from `attention_mask` and the cache.
                 Positions that do not go on by 1, as where they start again at 0, mark packed documents, which do not
-                see each other; that needs `attention_mask=None` and no `past_key_values`. Without `position_ids`,
+                see each other; that needs `attention_mask=None` and no `cache`. Without `position_ids`,
                 `cu_seq_lens_q`, of shape `(documents + 1,)`, tells where documents begin.
-            past_key_values (`Cache`, *optional*):
-                KV cache; any of transformers' classes. May also be given as `cache`, its name since transformers 5.24.
+            cache (`Cache`, *optional*):
+                KV cache; any of transformers' classes. Up to transformers 5.23 its name is `past_key_values`.
             inputs_embeds (`torch.Tensor` of shape `(batch, length, hidden_size)`, *optional*): Instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
             key_position_ids (`torch.LongTensor` of shape `(batch or 1, past + length)`, *optional*):
@@ -298,7 +298,7 @@ class FireModel(FirePreTrainedModel):
             # A pipeline stage has not the first layers; all that it has have seen the same tokens.
             layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, FireDecoderLayer)), 0)
             positions = token_positions(
-                inputs_embeds, attention_mask, position_ids, key_position_ids, past_key_values, layer_idx
+                inputs_embeds, attention_mask, position_ids, key_position_ids, cache, layer_idx
             )
         causal_mask: Any
         if self.config._attn_implementation == "fire":
@@ -310,10 +310,10 @@ class FireModel(FirePreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids if key_position_ids is None else None,
-                **named(past_key_values),
+                **named(cache),
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
         position_embeddings = None
@@ -328,10 +328,10 @@ class FireModel(FirePreTrainedModel):
                 shared_position_bias=self.position_bias,
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
-                **named(past_key_values),  # which gradient checkpointing looks for
+                **named(cache),  # which gradient checkpointing looks for
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(past_key_values))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(cache))
 
 
 class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
@@ -361,7 +361,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -382,7 +382,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -401,16 +401,14 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
 
     @staticmethod
     @takes_cache
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
-    ) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, cache: Cache, **kwargs) -> torch.Tensor | None:
         """
         The padding mask for a static cache, of 2 dimensions, of which `forward` makes positions: as long as the cache,
         so that a compiled `forward` meets one shape, and none where nothing is hidden, which it could not tell.
         """
         if attention_mask is None or not has_padding(attention_mask):
             return None
-        return nn.functional.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
+        return nn.functional.pad(attention_mask, (0, cache.get_max_length() - attention_mask.shape[1]))
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):  # type: ignore[override]

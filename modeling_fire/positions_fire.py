@@ -135,7 +135,7 @@ def token_positions(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.LongTensor | None = None,
     key_position_ids: torch.LongTensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     layer_idx: int = 0,
 ) -> FirePositions:
     """
@@ -146,9 +146,9 @@ def token_positions(
     """
     length, device = inputs_embeds.shape[1], inputs_embeds.device
     offset, num_keys = 0, length
-    if past_key_values is not None:
-        offset = past_key_values.get_query_offset(layer_idx)
-        num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0]
+    if cache is not None:
+        offset = cache.get_query_offset(layer_idx)
+        num_keys = cache.get_mask_sizes(length, layer_idx)[0]
     key = torch.arange(num_keys, device=device)[None]
     query = torch.arange(length, device=device)[None] + offset
     absolute = query if position_ids is None else position_ids
@@ -176,7 +176,7 @@ def token_positions(
         # A static cache has room for more keys, which nobody sees.
         key = nn.functional.pad(key_position_ids, (0, num_keys - given))
         return positions._replace(query=position_ids, key=key, visible=mask, consecutive=False)
-    if past_key_values is not None or position_ids is None:
+    if cache is not None or position_ids is None:
         return positions
     if attention_mask is None:
         # Documents start where positions do not go on.

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from modeling_fire import FireModel
+from modeling_fire.cache_fire import CACHE
 from modeling_fire.evaluation import (
     bin_positions,
     loss_by_context,
@@ -175,7 +176,7 @@ def test_a_model_that_gives_all_logits_and_no_cache():
 def test_a_model_whose_cache_does_not_go_on_is_refused(monkeypatch):
     model, windows = llama(initializer_range=0.3), random_ids(2, 81)
     read = model.model.forward
-    forgetful = {"past_key_values": None, "use_cache": True}
+    forgetful = {CACHE: None, "use_cache": True}
     monkeypatch.setattr(model.model, "forward", lambda *given, **named: read(*given, **{**named, **forgetful}))
     for measure in (
         lambda: loss_by_context(model, windows, [80], num_targets=8, chunk_size=32),

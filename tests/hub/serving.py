@@ -22,7 +22,7 @@ def end_with_input() -> None:
     os._exit(0)
 
 
-# The server looks a model's class up in transformers, also where its code comes with it (5.17 to 5.23).
+# The server looks a model's class up in transformers, also where its code comes with it (5.17 to 5.24).
 transformers.FireForCausalLM = transformers.AutoModelForCausalLM
 
 if __name__ == "__main__":

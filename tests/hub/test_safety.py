@@ -22,7 +22,7 @@ from modeling_fire.evaluation.loading import Checkpoint, EvaluationError
 
 
 LIBRARIES = {"torch", "transformers", "huggingface_hub"}  # the last is what transformers itself is built on
-STANDARD_LIBRARY = {"collections", "functools", "itertools", "math", "os", "re", "typing"}
+STANDARD_LIBRARY = {"collections", "functools", "inspect", "itertools", "math", "os", "re", "typing"}
 BUILT_IN = {"__import__", "breakpoint", "compile", "eval", "exec", "input", "open"}
 
 

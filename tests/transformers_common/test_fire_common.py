@@ -8,6 +8,7 @@ import os
 import unittest
 from unittest import mock
 
+import pytest
 import transformers
 from packaging.version import Version
 from transformers.models.auto import modeling_auto
@@ -27,6 +28,9 @@ from modeling_fire import (
     FireModel,
 )
 
+
+# Elsewhere in our tests they are ignored; one of transformers' tests waits for one.
+pytestmark = pytest.mark.filterwarnings("default::FutureWarning")
 
 # `Auto*.register` fills only the mappings of classes. The tests find a model's kind, and with it the labels it needs,
 # in these mappings of names, which transformers fills for its own models alone.
