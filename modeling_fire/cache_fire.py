@@ -31,8 +31,9 @@ def takes_cache(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def renamed(*args, **kwargs):
-        if CACHE in kwargs:
-            kwargs["cache"] = kwargs.pop(CACHE)
+        cache = kwargs.pop(CACHE, None)
+        if cache is not None:
+            kwargs["cache"] = cache
         return function(*args, **kwargs)
 
     renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
