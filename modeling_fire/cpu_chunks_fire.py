@@ -207,10 +207,6 @@ class SharedChunk(Chunk):
         self.start = call.top - span.top
 
     def bias(self, heads: slice, scratch: Scratch | None = None) -> torch.Tensor:
-        ready = self.call.bias.table
-        if ready is not None and self.num_rows == 1 and self.num_keys - 1 <= self.span.top < ready.shape[1]:
-            start = ready.shape[1] - 1 - self.span.top
-            return ready[heads, start : start + self.num_keys, None].mT
         table = self.call.shared.seen(self.span.window, self.span.ahead)
         return table[heads, self.start : self.start + self.span.num_diagonals].unfold(1, self.num_keys, 1)
 

@@ -26,6 +26,8 @@ LOG2_E = math.log2(math.e)
 LIFT, LIFT_QUERIES = 2.0**24, 32
 ROOM = 38
 
+sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
 
 def forward(
     query: torch.Tensor,
@@ -76,17 +78,56 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp of one chunk. The rows of `mask`, of shape `(heads, rows, keys)`, begin with the last."""
-    sdpa = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if query.shape[2] > 1:
-        output, lse = sdpa(query.flip(2), key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
-        return output.flip(2), lse.flip(2)
+    if query.shape[2] == 1:
+        return attend_token(query, key, value, mask[None], scaling)
+    output, lse = sdpa(query.flip(2), key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+    return output.flip(2), lse.flip(2)
+
+
+def attend_token(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of one query. `mask` has the shape `(batch or 1, heads, 1, keys)`."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1:
-        return sdpa(query, key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+        return sdpa(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
     # The query heads of one kv head read the same keys: as rows of one head they read them once.
     query, mask = (x.squeeze(-2).unflatten(-2, (-1, groups)) for x in (query, mask))
-    output, lse = sdpa(query, key, value, 0.0, False, attn_mask=mask[None], scale=scaling)
+    output, lse = sdpa(query, key, value, 0.0, False, attn_mask=mask, scale=scaling)
     return output.flatten(1, 2).unsqueeze(2), lse.flatten(1).unsqueeze(2)
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: PiecewiseBias,
+    positions: FirePositions,
+    scaling: float,
+) -> torch.Tensor | None:
+    """
+    The output of [`forward`] for one query of each item, without gradients, out of the `table` of the bias: little
+    Python and few tensors, because in a model, whose weights fill the caches, each of them is felt. `None` where the
+    table does not hold what is asked for.
+    """
+    table, num_keys = bias.table, key.shape[2]
+    on_diagonals = positions.consecutive and positions.visible is None
+    if not on_diagonals or torch.promote_types(query.dtype, torch.float32) != table.dtype:
+        return None
+    coordinates, firsts, lasts = (x.flatten().tolist() for x in (positions.query, positions.first, positions.last))
+    begin, end = max(0, min(firsts)), min(max(lasts), num_keys)
+    start = table.shape[1] - 1 - (coordinates[0] - begin)
+    stop = start + end - begin
+    if min(coordinates) < max(coordinates) or not 0 <= start < stop <= table.shape[1]:
+        return None
+    mask = table[None, :, None, start:stop]
+    if min(firsts) < max(firsts) or min(lasts) < max(lasts):
+        if max(firsts) >= min(*lasts, num_keys):
+            return None  # an item may see nothing
+        index = torch.arange(begin, end)
+        mask = mask.masked_fill(((index < positions.first) | (index >= positions.last))[:, None, None], -torch.inf)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return attend_token(query, key[:, :, begin:end], value[:, :, begin:end], mask, scaling)[0]
 
 
 def backward(
@@ -164,8 +205,7 @@ def working_bias(bias: PiecewiseBias, query: torch.Tensor) -> PiecewiseBias:
     """The bias in float32, or in float64 beside a `query` in float64."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     knots, slope, offset, c, row_scale = (field.detach().to(dtype) for field in bias[:5])
-    table = bias.table if bias.table is not None and bias.table.dtype == dtype else None
-    return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform, table)
+    return PiecewiseBias(knots, slope, offset, c, row_scale, bias.shared, bias.transform)
 
 
 def head_slices(num_heads: int, groups: int, scores: int) -> list[slice]:

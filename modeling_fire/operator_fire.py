@@ -18,6 +18,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
 
 from .cpu_fire import backward as cpu_backward
+from .cpu_fire import decode
 from .cpu_fire import forward as cpu_forward
 from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
@@ -100,7 +101,6 @@ def attention(
     c: torch.Tensor,
     row_scale: torch.Tensor,
     shared: torch.Tensor,
-    table: torch.Tensor | None,
     query_position: torch.Tensor,
     key_position: torch.Tensor,
     first: torch.Tensor,
@@ -121,7 +121,7 @@ def attention(
         The output, of the shape and dtype of `query` (`queries` before `heads` in memory), and the log-sum-exp of the
         scores, of shape `(batch, heads, queries)`, float32 or wider. A query that sees nothing gets 0 and -inf.
     """
-    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform, table)
+    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform)
     positions = FirePositions(query_position, query_position, key_position, first, last, visible, consecutive)
     with torch.autocast(query.device.type, enabled=False):
         return load_backend(query).forward(query, key, value, bias, positions, scaling)
@@ -148,7 +148,6 @@ def attention_backward(
     c: torch.Tensor,
     row_scale: torch.Tensor,
     shared: torch.Tensor,
-    table: torch.Tensor | None,
     query_position: torch.Tensor,
     key_position: torch.Tensor,
     first: torch.Tensor,
@@ -163,7 +162,7 @@ def attention_backward(
     The gradients of `query`, `key`, `value`, `slope`, `offset`, `c` and `row_scale`; zeros for the last four unless
     `bias_grad`.
     """
-    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform, table)
+    bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform)
     positions = FirePositions(query_position, query_position, key_position, first, last, visible, consecutive)
     with torch.autocast(query.device.type, enabled=False):
         return load_backend(query).backward(
@@ -188,7 +187,7 @@ def _backward(ctx, grad_output, _):
     dq, dk, dv, *dbias = attention_backward(
         grad_output, *tensors[:3], output, lse, *tensors[3:], ctx.transform, ctx.consecutive, ctx.scaling, bias_grad
     )
-    return dq, dk, dv, None, *(dbias if bias_grad else [None] * 4), *[None] * 10
+    return dq, dk, dv, None, *(dbias if bias_grad else [None] * 4), *[None] * 9
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -214,6 +213,10 @@ def fused_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention of shape `(batch, heads, queries, head_dim)`, where [`backend_name`] names one."""
+    if bias.table is not None and backend_name(query) == "cpu":
+        output = decode(query, key, value, bias, positions, scaling)
+        if output is not None:
+            return output
     # `torch.func.jvp` would take the operator for a constant.
     tensors = query, key, value, *bias.tensors
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -225,7 +228,6 @@ def fused_attention(
         key,
         value,
         *bias.tensors,
-        bias.table,
         positions.query,
         positions.key,
         positions.first,

@@ -32,8 +32,9 @@ class PiecewiseBias(NamedTuple):
             `psi(d)`: `"log"` is `log(1 + c d)`, `"power"` is `d ** c`, `"identity"` is `d`, and `"none"` stands for a
             bias of 0, which kernels leave out.
         table (`torch.Tensor` of shape `(heads, distances)`, *optional*):
-            The bias of the `shared` queries by distance, the largest first and 0 last. A shortcut for inference on
-            CPU, where it serves one token after the other; nothing else changes with it. Used in its own type alone.
+            The bias by distance, the largest first and 0 last, where the queries are one token, or one for each item
+            of a batch, and `shared`. A shortcut for inference on CPU, where it serves one token after the other;
+            nothing else changes with it.
     """
 
     knots: torch.Tensor

@@ -170,6 +170,9 @@ class FirePositionBias(PositionBias):
         memory, constants = self.remembered(), None
         if memory is not None:
             constants = memory["constants"] = memory.get("constants") or self.constants(dtype)
+            of_token = self.pieces_of_token(positions, memory)
+            if of_token is not None:
+                return of_token
         elif torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
             constants = self.prepared
         knots, slope, offset, c, length, scale = constants or self.constants(dtype)
@@ -177,22 +180,34 @@ class FirePositionBias(PositionBias):
         if not self.progressive:
             row_scale, shared = scale.expand_as(absolute), torch.ones_like(absolute, dtype=torch.bool)
         elif length is None:
-            row_scale = 1 / (psi(absolute, c, self.transform) + self.eps)
+            row_scale = (psi(absolute, c, self.transform) + self.eps).reciprocal()
             shared = torch.zeros_like(absolute, dtype=torch.bool)
         else:
             # The queries before L share its normaliser. One *at* L does not: there `maximum` splits the gradient.
             shared = absolute < length
-            beyond = 1 / (psi(torch.maximum(absolute, length), c, self.transform) + self.eps)
-            row_scale = torch.where(shared, scale, beyond)
-        table = None
-        one_token = absolute.shape[1] == 1
-        if memory is not None and one_token and absolute.device.type == "cpu" and bool(shared.any()):
-            table = memory.get("table")
-            if table is None or table.shape[1] < positions.key.shape[1]:
-                # Room for twice as many keys before it has to be computed again.
-                size = 2 ** positions.key.shape[1].bit_length()
-                table = memory["table"] = self.table(size, knots, slope, offset, c, scale)
-        return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
+            row_scale = (psi(torch.maximum(absolute, length), c, self.transform) + self.eps).reciprocal()
+            if torch.is_grad_enabled():
+                row_scale = torch.where(shared, scale, row_scale)
+        return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform)
+
+    def pieces_of_token(self, positions: FirePositions, memory: dict) -> PiecewiseBias | None:
+        """On CPU the pieces, with their table, of one token before `L`, or one for each item: always the same ones."""
+        absolute, num_keys = positions.absolute, positions.key.shape[1]
+        if absolute.shape[1] > 1 or absolute.device.type != "cpu":
+            return None
+        knots, slope, offset, c, length, scale = memory["constants"]
+        if "limit" not in memory:
+            memory["limit"] = length.item() if length is not None and self.progressive else math.inf
+        if scale is None or max(absolute.flatten().tolist()) >= memory["limit"]:
+            return None
+        pieces = memory.get("token")
+        if pieces is None or pieces.table.shape[1] < num_keys:
+            # Room for twice as many keys before it has to be computed again.
+            table = self.table(2 ** num_keys.bit_length(), knots, slope, offset, c, scale)
+            row_scale, shared = scale[None], torch.ones_like(scale[None], dtype=torch.bool)
+            pieces = PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
+            memory["token"] = pieces
+        return pieces
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -239,12 +254,13 @@ class FirePositionBias(PositionBias):
         What inference has kept of the present parameters; `None` where it is not inference, or where parameters cannot
         be watched. Replaced whole when they change: other threads may be using what was kept.
         """
-        layers = self.mlp[0], self.mlp[2]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if not all(type(layer) is Float32Linear and "weight" in layer._parameters for layer in layers):
+        hidden, output = self.mlp[0], self.mlp[2]
+        if not all(type(layer) is Float32Linear and "weight" in layer._parameters for layer in (hidden, output)):
             return None  # an adapter, or a parametrization
-        watched = [*self.parameters(), self.init_L]
+        # Rather than `parameters()`, which walks through modules.
+        watched = [*self._parameters.values(), *hidden._parameters.values(), *output._parameters.values(), self.init_L]
         if any(isinstance(tensor, DTensor) or tensor.is_inference() for tensor in watched):
             return None
         on_cpu = watched[0].device.type == "cpu"

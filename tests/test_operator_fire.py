@@ -39,7 +39,7 @@ def operator_arguments(queries=11, keys=17, dtype=torch.float32):
     for tensor in (bias.slope, bias.offset, bias.c, bias.row_scale):
         tensor.requires_grad_()
     where = (positions.query, positions.key, positions.first, positions.last, None)
-    return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, None, *where, bias.transform, True, 0.3)
+    return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, *where, bias.transform, True, 0.3)
 
 
 def test_opcheck(backend):

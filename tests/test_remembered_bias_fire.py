@@ -4,10 +4,13 @@ import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from layouts import padded
+from reference import dense_attention
 from torch import nn
 
-from modeling_fire import FirePositionBias
+from modeling_fire import FirePositionBias, cpu_fire, operator_fire
 from modeling_fire.attention_fire import fire_attention
 from modeling_fire.positions_fire import FirePositions
 
@@ -107,6 +110,48 @@ def test_threads_share_what_inference_remembers():
             assert all(pool.map(work, range(4)))
     finally:
         sys.setswitchinterval(before)
+
+
+TOKENS = {
+    "one": FirePositions.arange(1, past=6),
+    "window": FirePositions.arange(1, past=6, window=3),
+    "left padding": padded([0, 3], 7).block(6, 7, 7),
+    "room after it": FirePositions.arange(7).block(4, 5, 7),
+    "ends of their own": FirePositions.arange(1, past=6)._replace(last=torch.tensor([[7], [3]])),
+    "another place": FirePositions.arange(1, past=6)._replace(query=torch.tensor([[7]])),
+}
+OTHERWISE = {
+    "sees nothing": FirePositions.arange(1, past=6)._replace(first=torch.tensor([[0], [7]])),
+    "two places": FirePositions.arange(1, past=6)._replace(query=torch.tensor([[6], [5]]), last=torch.tensor([[5]])),
+    "far away": FirePositions.arange(1, past=6)._replace(query=torch.tensor([[40]])),
+    "keys ahead": FirePositions.arange(1, past=6)._replace(query=torch.tensor([[4]])),
+    "holes": FirePositions.arange(1, past=6)._replace(visible=torch.tensor([[True, False, *[True] * 5]])),
+    "past L": FirePositions.arange(1, past=6)._replace(absolute=torch.tensor([[9]])),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", [*TOKENS, *OTHERWISE])
+def test_one_token_by_the_table_of_inference(name, kv_heads, dtype, monkeypatch):
+    torch.manual_seed(0)
+    positions, served = {**TOKENS, **OTHERWISE}[name], []
+    bias = FirePositionBias(4, init_L=9.0, init_f="uniform").eval()
+    query, key, value = (torch.randn(2, heads, n, 8) for heads, n in ((4, 1), (kv_heads, 7), (kv_heads, 7)))
+    expected = dense_attention(
+        query, key, value, copy.deepcopy(bias).train()(positions, piecewise=True), positions, 0.3
+    )
+
+    def decode(*args):
+        served.append(cpu_fire.decode(*args))
+        return served[-1]
+
+    monkeypatch.setattr(operator_fire, "decode", decode)
+    actual = fire_attention(*(x.to(dtype) for x in (query, key, value)), bias, positions, scaling=0.3)
+    tolerance = 1e-6 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(actual.double(), expected[0].double(), rtol=tolerance, atol=tolerance)
+    assert (len(served) == 1 and served[0] is not None) == (name in TOKENS)
 
 
 @torch.no_grad()
