@@ -261,10 +261,12 @@ class FirePositionBias(PositionBias):
             return None  # an adapter, or a parametrization
         # Rather than `parameters()`, which walks through modules.
         watched = [*self._parameters.values(), *hidden._parameters.values(), *output._parameters.values(), self.init_L]
-        if any(isinstance(tensor, DTensor) or tensor.is_inference() for tensor in watched):
+        device = self.init_L.device
+        # Offloaded weights are elsewhere until their layer is called.
+        if any(isinstance(x, DTensor) or x.is_inference() or x.device != device for x in watched):
             return None
-        on_cpu = watched[0].device.type == "cpu"
-        state = [self.eps, self.transform, self.progressive, self.threshold, watched[0].device]
+        on_cpu = device.type == "cpu"
+        state = [self.eps, self.transform, self.progressive, self.threshold, device]
         state += [tensor.dtype for tensor in watched]
         if not on_cpu:  # a comparison of values would wait for the device
             state += [(tensor.data_ptr(), tensor._version) for tensor in watched]

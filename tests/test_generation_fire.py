@@ -64,6 +64,23 @@ def test_greedy_generation(options, attn_implementation, prompt):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["eager", "fire"])
+def test_layers_on_disk(attn_implementation, prompt, tmp_path):
+    """Their weights are there during a call of their module only."""
+    model = tiny_model(attn_implementation=attn_implementation)
+    model.save_pretrained(tmp_path / "model")
+    devices = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    loaded = type(model).from_pretrained(
+        tmp_path / "model",
+        attn_implementation=attn_implementation,
+        device_map={**devices, "lm_head": "disk"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert loaded.model.layers[1].self_attn.position_bias.c.is_meta
+    assert torch.equal(loaded.generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 20}], ids=["beam", "sampling"])
 def test_search_and_sampling_do_not_depend_on_the_cache(options, prompt):
     model = tiny_model()
