@@ -99,4 +99,6 @@ class Float32Linear(nn.Module):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return torch.cat((self.weight, self.bias[:, None]), dim=1).to(dtype)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # FSDP may hand in bfloat16
-        return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        # GPUs may be set to round what they multiply in float32 to ten bits (TF32), and large units cancel.
+        wide = torch.float64 if hidden_states.is_cuda else dtype
+        return nn.functional.linear(hidden_states.to(wide), self.weight.to(wide), self.bias.to(wide)).to(dtype)

@@ -103,12 +103,15 @@ def relu_pieces(
         rank = order.argsort()
         segments = torch.arange(len(knots) + 1, device=knots.device)[:, None]
         # By rank rather than by value: two knots in one place stay consistent.
-        active = torch.where(weight >= 0, rank < segments, rank >= segments).to(weight.dtype)
-    slope = output_weight @ (active * weight).T
+        active = torch.where(weight >= 0, rank < segments, rank >= segments)
+    # In float64: large units cancel, and GPUs may be set to round what they multiply in float32 to ten bits (TF32).
+    wide_output, active = output_weight.double(), active.double()
+    slope = wide_output @ (active * weight.double()).T
     # A softmax ignores a shift of all scores: the gradient of `output_bias` is 0, not the rounding errors of a sum,
     # which Adam would blow up.
     shift = output_bias.detach() + 0.0 * output_bias
-    return knots, slope, output_weight @ (active * hidden_bias).T + shift[:, None]
+    offset = wide_output @ (active * hidden_bias.double()).T + shift.double()[:, None]
+    return knots, slope.to(weight.dtype), offset.to(weight.dtype)
 
 
 def psi(distance: torch.Tensor, c: torch.Tensor, transform: str) -> torch.Tensor:

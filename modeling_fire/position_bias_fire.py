@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
+from transformers.utils.import_utils import is_cuda_stream_capturing
 
 from .base_bias_fire import PositionBias
 from .linear_fire import Float32Linear, decay_start, hinge_start, pass_on_start, uniform_start
@@ -266,6 +267,8 @@ class FirePositionBias(PositionBias):
         if any(isinstance(x, DTensor) or x.is_inference() or x.device != device for x in watched):
             return None
         on_cpu = device.type == "cpu"
+        if not on_cpu and is_cuda_stream_capturing():
+            return None  # a CUDA graph keeps the addresses of tensors, not the tensors
         state = [self.eps, self.transform, self.progressive, self.threshold, device]
         state += [tensor.dtype for tensor in watched]
         if not on_cpu:  # a comparison of values would wait for the device

@@ -71,7 +71,7 @@ def _add_exactly(TOTALS, GRID, gradient, at, inside, COLUMN_BLOCK: tl.constexpr,
     subtracting `GRID`, 1.5 * 2 ** 23 times as large. So no total is rounded below 2 ** 53 of that, which is millions
     of times the size of what is summed.
     """
-    # Sixteen columns are one warp's, so that no warp waits for another to add them up.
+    # Sixteen columns at a time: more would go from warp to warp, fewer make more additions to memory.
     terms = tl.sum(tl.reshape(gradient, [COLUMN_BLOCK // 16, 16, ROW_BLOCK]), 1)
     grid = tl.load(GRID + at, mask=inside, other=0.0)[None, :]
     totals = tl.broadcast_to((TOTALS + at)[None, :], [COLUMN_BLOCK // 16, ROW_BLOCK])

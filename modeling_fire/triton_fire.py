@@ -267,7 +267,7 @@ def decodes(num_queries: int, num_keys: int) -> bool:
 def num_splits(programs: int, num_keys: int, columns: int, device: torch.device) -> int:
     """Into how many parts to split the keys, so that `programs` times that many fill the device twice."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(num_keys, 2 * columns), 64))
+    return max(1, min(triton.cdiv(2 * processors, max(1, programs)), triton.cdiv(num_keys, 2 * columns), 64))
 
 
 def decode(

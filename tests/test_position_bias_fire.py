@@ -245,6 +245,29 @@ def test_float32_is_accurate_at_a_million_positions(transform):
     assert_close(bias(positions), copy.deepcopy(bias).double()(positions), ulps=8, where=causal(positions))
 
 
+def test_pieces_are_as_exact_as_float32_holds_them():
+    """Large units cancel in their slopes, whose products GPUs may be set to round to ten bits (TF32)."""
+    bias = FirePositionBias(12, init_c=1.0, init_L=64 * 2048, train_length=2048)
+    positions = FirePositions.arange(4)
+    exact = copy.deepcopy(bias).double()(positions, piecewise=True)
+    pieces = bias(positions, piecewise=True)
+    assert_close(pieces.slope, exact.slope, ulps=1)
+    assert_close(pieces.offset, exact.offset, ulps=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is of GPUs.")
+def test_tf32_leaves_the_dense_bias_alone():
+    bias = FirePositionBias(12, init_c=1.0, init_L=64 * 2048, train_length=2048).to("cuda")
+    positions = FirePositions.arange(1, "cuda", past=2047)
+    expected = bias(positions)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert torch.equal(bias(positions), expected)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_log1p_keeps_the_digits_that_log_loses():
     bias = FirePositionBias(1, init_c=1e-7)
     x = torch.arange(1.0, 513.0)

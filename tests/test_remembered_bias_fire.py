@@ -71,7 +71,7 @@ def test_what_inference_remembers_goes_by_the_types_and_options():
 
 
 @torch.no_grad()
-def test_what_a_device_without_cheap_comparisons_remembers():
+def test_what_a_device_without_cheap_comparisons_remembers(monkeypatch):
     # Not on a GPU, but told apart by the versions of the parameters all the same.
     bias = FirePositionBias(2, init_L=9.0).to("meta").eval()
     assert bias.remembered() is not None
@@ -87,6 +87,8 @@ def test_what_a_device_without_cheap_comparisons_remembers():
     assert bias.memory["constants"] != "kept", "a text that begins is read anew"
     bias.eval()
     assert "constants" not in bias.memory
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert bias.remembered() is None, "a CUDA graph would keep the addresses of what may be dropped"
     bias.to_empty(device="cpu")
     assert bias.remembered() is not None
 
