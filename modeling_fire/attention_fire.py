@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
-from .base_bias_fire import PositionBias
+from .base_bias_fire import PositionBias, in_function_transform
 from .operator_fire import backend_name, fused_attention
 from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
@@ -234,8 +234,15 @@ def fire_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     Fused attention, whose memory is linear in the length. What it does not cover, a bias without a piecewise-linear
-    form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks.
+    form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks; and `torch.func`'s `grad`,
+    `vmap` and the like through the plain formula.
     """
+    if in_function_transform():  # of which the fused operator has none
+        if attention_mask is None and positions.first is not None:
+            attention_mask = positions.mask()
+        return eager_attention_forward(
+            module, query, key, value, attention_mask, scaling, positions, position_bias, dropout
+        )
     if not can_fuse(module, query, attention_mask, positions, position_bias, dropout):
         if not torch.compiler.is_compiling():
             logger.info_once(

@@ -13,6 +13,11 @@ from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` is at work, outside of `torch.compile`."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class PositionBias(nn.Module):
     """
     Base of the position biases. A subclass implements `compute`; this class sees to its precision.

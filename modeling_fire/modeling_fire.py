@@ -20,6 +20,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
@@ -446,6 +447,10 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
             return super().generate_batch(*args, **kwargs)
         finally:
             self.set_attn_implementation(implementation)
+
+
+# Here Trainer looks up whether labels are to be shifted, where it smooths them.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fire"] = "FireForCausalLM"
 
 
 # The heads take transformers' generic forward, but not its constructor: that asks AutoModel for the decoder, which

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
-from .base_bias_fire import PositionBias
+from .base_bias_fire import PositionBias, in_function_transform
 from .linear_fire import Float32Linear, decay_start, hinge_start, pass_on_start, uniform_start
 from .other_biases_fire import (
     AlibiPositionBias,
@@ -255,13 +255,16 @@ class FirePositionBias(PositionBias):
         What inference has kept of the present parameters; `None` where it is not inference, or where parameters cannot
         be watched. Replaced whole when they change: other threads may be using what was kept.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_function_transform():
             return None
         hidden, output = self.mlp[0], self.mlp[2]
-        if not all(type(layer) is Float32Linear and "weight" in layer._parameters for layer in (hidden, output)):
-            return None  # an adapter, or a parametrization
-        # Rather than `parameters()`, which walks through modules.
-        watched = [*self._parameters.values(), *hidden._parameters.values(), *output._parameters.values(), self.init_L]
+        own = [name for name in ("c", "L_multiplier") if getattr(self, name) is not None]
+        places = [(self, name) for name in own] + [(x, name) for x in (hidden, output) for name in ("weight", "bias")]
+        if type(hidden) is not Float32Linear or type(output) is not Float32Linear:
+            return None  # an adapter
+        if not all(name in module._parameters for module, name in places):
+            return None  # a parametrization
+        watched = [*(module._parameters[name] for module, name in places), self.init_L]
         device = self.init_L.device
         # Offloaded weights are elsewhere until their layer is called.
         if any(isinstance(x, DTensor) or x.is_inference() or x.device != device for x in watched):

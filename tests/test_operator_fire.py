@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import dense_attention, double, random_bias
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.testing_utils import CaptureLogger
@@ -242,16 +243,49 @@ def test_positions_say_themselves_whether_they_are_causal(monkeypatch):
 
 def test_forward_mode_derivatives_are_refused():
     bias, (query, key, value) = FirePositionBias(4), (x.detach() for x in random_qkv(9, 9, dtype=torch.float32))
-    parameters = {name: p.detach() for name, p in bias.named_parameters()}
-
-    def of_parameters(values):
+    with forward_ad.dual_level():
+        dual = {name: forward_ad.make_dual(p.detach(), torch.ones_like(p)) for name, p in bias.named_parameters()}
         positions = FirePositions.arange(9)
-        pieces = torch.func.functional_call(bias, values, (positions,), {"piecewise": True})
-        return fused_attention(query, key, value, pieces, positions, 0.3)
+        pieces = bias(positions, piecewise=True)
+        of_parameters = torch.func.functional_call(bias, dual, (positions,), {"piecewise": True})
+        for at, found in ((forward_ad.make_dual(key, key), pieces), (key, of_parameters)):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                fused_attention(query, at, value, found, positions, 0.3)
 
-    for function, at in ((lambda x: fire_attention(query, x, value, bias), key), (of_parameters, parameters)):
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(function, (at,), (at,))
+
+@pytest.mark.parametrize("build", [FirePositionBias, T5PositionBias])
+def test_transforms_of_functions(build):
+    bias, inputs = build(4).double(), [x.detach() for x in random_qkv(9, 12)]
+    parameters = {name: p.detach() for name, p in bias.named_parameters()}
+    positions = FirePositions.arange(9, past=3)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = bias
+
+        def forward(self, *inputs):
+            return fire_attention(*inputs, self.bias, positions).square().sum()
+
+    layer = Layer()
+
+    def loss(parameters, *inputs):
+        named = {f"bias.{name}": p for name, p in parameters.items()}
+        return torch.func.functional_call(layer, named, tuple(inputs))
+
+    def of_item(parameters, *inputs):
+        return loss(parameters, *(x[None] for x in inputs))
+
+    layer(*inputs).backward()
+    expected = {name: p.grad for name, p in bias.named_parameters()}
+    grad = torch.func.grad(loss)(parameters, *inputs)
+    of_items = torch.func.vmap(torch.func.grad(of_item), in_dims=(None, 0, 0, 0))(parameters, *inputs)
+    for name in expected:
+        torch.testing.assert_close(grad[name], expected[name])
+        torch.testing.assert_close(of_items[name].sum(0), expected[name])
+    direction = {name: torch.ones_like(p) for name, p in parameters.items()}
+    _, slope = torch.func.jvp(lambda parameters: loss(parameters, *inputs), (parameters,), (direction,))
+    torch.testing.assert_close(slope, sum(gradient.sum() for gradient in expected.values()))
 
 
 def test_the_choice_of_a_backend(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from layouts import padded
 from reference import dense_attention
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from modeling_fire import FirePositionBias, cpu_fire, operator_fire
 from modeling_fire.attention_fire import fire_attention
@@ -38,6 +39,10 @@ def test_what_inference_remembers_follows_the_parameters():
         lambda: bias.init_L.fill_(4.0),
         lambda: nn.utils.parametrizations.weight_norm(bias.mlp[2]),
         lambda: bias.mlp[2].parametrizations.weight.original0.mul_(2),
+        lambda: parametrize.register_parametrization(bias, "c", nn.Softplus()),
+        lambda: bias.parametrizations.c.original.add_(1),
+        lambda: prune.custom_from_mask(bias, "L_multiplier", torch.ones(1)),
+        lambda: bias.L_multiplier_mask.mul_(0.5),
     ):
         before = pieces(bias)
         change()

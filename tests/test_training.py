@@ -138,6 +138,16 @@ def test_gradient_accumulation_of_a_classifier_is_the_large_batch(tmp_path, head
     assert by_batch[2] == pytest.approx(by_batch[4], rel=1e-4)
 
 
+def test_smoothed_labels_are_those_of_the_next_token(tmp_path):
+    """Trainer shifts them itself where it smooths, for the classes that it knows to be causal."""
+    model, ids = tiny_model(), torch.arange(24).view(2, 12)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, label_smoothing_factor=0.1, report_to="none")
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    predictions, next_ids = model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(predictions, next_ids, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["all_parameters", "lora"])
 @pytest.mark.parametrize("changes", [{}, {"fire_share_layers": True}], ids=["fire", "fire_s"])
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
