@@ -240,9 +240,10 @@ def fire_attention_forward(
     if in_function_transform():  # of which the fused operator has none
         if attention_mask is None and positions.first is not None:
             attention_mask = positions.mask()
-        return eager_attention_forward(
+        plain = eager_attention_forward(
             module, query, key, value, attention_mask, scaling, positions, position_bias, dropout
         )
+        return plain[0], None
     if not can_fuse(module, query, attention_mask, positions, position_bias, dropout):
         if not torch.compiler.is_compiling():
             logger.info_once(

@@ -233,6 +233,7 @@ def plot(
         list[int] | None,
         typer.Option(
             min=0,
+            max=2**22,  # distances, of each of which the bias of every head is held
             metavar="TOKENS",
             help="Where queries stand; may be repeated. [default: at the ends of 1x and 4x max_position_embeddings]",
         ),

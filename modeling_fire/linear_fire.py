@@ -9,10 +9,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import initialization as init
 
 
+def parameter_dtype() -> torch.dtype:
+    """The type of what a bias learns: the default, which `from_pretrained` sets, but no narrower than float32."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+# The starts are computed in float32 whatever PyTorch's default type is: large units cancel.
 def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias drawn as `nn.Linear` draws them."""
     bound = 1.0 / math.sqrt(shape[1])
-    draw = torch.empty(shape[0], shape[1] + 1, device=device).uniform_(-bound, bound)
+    draw = torch.empty(shape[0], shape[1] + 1, dtype=torch.float32, device=device).uniform_(-bound, bound)
     return draw[:, :-1], draw[:, -1]
 
 
@@ -34,8 +40,8 @@ def hinge_start(
     span: float, gain: float, shape: torch.Size, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden layer: `psi(d)` is `gain` times its input, and `span` at the training length."""
-    knots = torch.linspace(0.0, span, shape[0], device=device)
-    scale = torch.where(knots > 0, -UNIT_SCALE, UNIT_SCALE)
+    knots = torch.linspace(0.0, span, shape[0], dtype=torch.float32, device=device)
+    scale = torch.where(knots > 0, -UNIT_SCALE, UNIT_SCALE).to(knots.dtype)
     return (scale * gain)[:, None], -scale * knots
 
 
@@ -43,19 +49,19 @@ def pass_on_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor
     """A second hidden layer: passes all units on, and mixes those that end at the training length."""
     weight = 0.01 * uniform_start(shape, device)[0]
     weight[0], weight[:, 0] = 0.0, 0.0
-    return weight + torch.eye(shape[0], device=device), torch.zeros(shape[0], device=device)
+    return weight + torch.eye(shape[0], dtype=weight.dtype, device=device), weight.new_zeros(shape[0])
 
 
 def decay_start(
     step: float, distances: list[float], shape: torch.Size, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output layer: straight lines between `distances`, `step` apart, that of each unit and one beyond."""
-    exponents = torch.linspace(*EXPONENTS, shape[0], device=device)[:, None]
-    growth = torch.tensor(distances, device=device) ** exponents
+    exponents = torch.linspace(*EXPONENTS, shape[0], dtype=torch.float32, device=device)[:, None]
+    growth = torch.tensor(distances, dtype=torch.float32, device=device) ** exponents
     curves = -STEEPEST / exponents * torch.log1p(growth * exponents / STEEPEST)
     slopes = curves.diff(dim=1) / step
     weight = torch.cat((slopes[:, -1:], slopes.diff(dim=1)), dim=1)
-    at_zero = weight @ (step * torch.arange(shape[1], device=device))
+    at_zero = weight @ (step * torch.arange(shape[1], dtype=torch.float32, device=device))
     noise = 0.1 * uniform_start(shape, device)[0]
     noise[:, 0] = 0.0
     return (weight + noise) / UNIT_SCALE, -at_zero  # a softmax ignores constants, 16-bit numbers do not
@@ -78,8 +84,8 @@ class Float32Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, start: Callable):
         super().__init__()
         self.start = start
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=parameter_dtype()))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=parameter_dtype()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -432,13 +432,16 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """
-        See transformers, which knows attention implementations by name here: "fire" has to be called "sdpa". With a
-        paged cache that is fused all the same.
+        See transformers, which knows attention implementations by name here: "fire" and "eager" have to be called
+        "sdpa" until the manager stops. With a paged cache that is fused all the same.
         """
         self.forget()
-        if self.config._attn_implementation == "fire":
+        implementation = self.config._attn_implementation
+        if implementation in ("fire", "eager"):
             self.set_attn_implementation("sdpa")
-        return super().init_continuous_batching(*args, **kwargs)
+        manager = super().init_continuous_batching(*args, **kwargs)
+        manager._original_attn_impl = implementation  # which it sets again as it stops
+        return manager
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching, see transformers and `init_continuous_batching`."""

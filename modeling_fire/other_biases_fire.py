@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .base_bias_fire import PositionBias
+from .linear_fire import parameter_dtype
 from .piecewise_fire import PiecewiseBias, psi
 from .positions_fire import FirePositions
 
@@ -68,8 +69,8 @@ class KerplePositionBias(PositionBias):
         if variant not in ("log", "power"):
             raise ValueError(f"`variant` must be 'log' or 'power', got {variant!r}.")
         self.variant = variant
-        self.r1 = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
-        self.r2 = nn.Parameter(torch.empty(num_heads, dtype=torch.float32))
+        self.r1 = nn.Parameter(torch.empty(num_heads, dtype=parameter_dtype()))
+        self.r2 = nn.Parameter(torch.empty(num_heads, dtype=parameter_dtype()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,7 +101,7 @@ class T5PositionBias(PositionBias):
 
     def __init__(self, num_heads: int):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(32, num_heads, dtype=torch.float32))
+        self.table = nn.Parameter(torch.empty(32, num_heads, dtype=parameter_dtype()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

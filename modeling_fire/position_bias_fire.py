@@ -15,7 +15,7 @@ from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
 from .base_bias_fire import PositionBias, in_function_transform
-from .linear_fire import Float32Linear, decay_start, hinge_start, pass_on_start, uniform_start
+from .linear_fire import Float32Linear, decay_start, hinge_start, parameter_dtype, pass_on_start, uniform_start
 from .other_biases_fire import (
     AlibiPositionBias,
     KerplePositionBias,
@@ -113,7 +113,7 @@ class FirePositionBias(PositionBias):
 
         # Shape (1,), not (): FSDP2 refuses parameters without dimensions. What an option does not use is not created,
         # so that every parameter has a gradient (DDP insists).
-        one = torch.ones(1, dtype=torch.float32)
+        one = torch.ones(1, dtype=parameter_dtype())
         self.c = nn.Parameter(one * init_c) if transform != "identity" else None
         self.L_multiplier = nn.Parameter(one.clone()) if threshold else None
         # A buffer, so that nothing trains it (PEFT's modules_to_save would train a frozen parameter).

@@ -119,6 +119,36 @@ def test_double_computes_in_float64():
     assert bias.float()(positions).dtype == torch.float32
 
 
+@pytest.mark.parametrize("init_f", ["decay", "uniform"])
+@pytest.mark.parametrize("mlp_depth", [1, 2])
+def test_the_default_type_leaves_the_start_alone(mlp_depth, init_f):
+    """`from_config(config, dtype=torch.bfloat16)` sets it."""
+
+    def start(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        before = torch.get_default_dtype()
+        torch.manual_seed(0)
+        try:
+            torch.set_default_dtype(dtype)
+            return FirePositionBias(4, mlp_depth=mlp_depth, init_f=init_f).state_dict()
+        finally:
+            torch.set_default_dtype(before)
+
+    narrow, usual, wide = (start(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
+    for name in usual:
+        assert torch.equal(narrow[name], usual[name]) and narrow[name].dtype == torch.float32
+        assert torch.equal(wide[name].float(), usual[name]) and wide[name].dtype == torch.float64
+
+
+@pytest.mark.parametrize("position_bias", ["fire", "kerple_log", "t5"])
+def test_float64_is_saved_and_loaded(position_bias, tmp_path):
+    model = tiny_model(position_bias=position_bias).double()
+    for parameter in model.parameters():
+        parameter.data += 1e-9
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("mlp_depth", [1, 2])
 def test_parameters_are_reset_on_any_device(mlp_depth):
     FirePositionBias(4, mlp_depth=mlp_depth).to("meta").reset_parameters()

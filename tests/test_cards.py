@@ -329,12 +329,16 @@ def test_the_command(model, tmp_path):
 def test_what_has_no_card_is_one_line_and_exit_status_1(model, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"models": {"another": {}}}))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
     (model / "README.md").write_text("# By hand\n")
     for arguments, message in (
         ((tmp_path,), "has no config.json and no adapter_config.json"),
         ((model,), "`--overwrite` replaces it"),
         ((model, "--overwrite", "--results", tmp_path / "missing.json"), "There is no file"),
         ((model, "--overwrite", "--results", tmp_path / "broken.json"), "is broken"),
+        ((model, "--overwrite", "--results", tmp_path / "list.json"), "it holds a list"),
+        ((model, "--overwrite", "--out", tmp_path), "give the file"),
+        ((model, "--overwrite", "--out", tmp_path / "missing" / "card.md"), "in a folder that exists"),
         ((model, "--overwrite", "--evaluation", tmp_path / "other.json"), "but of another"),
     ):
         result = fire_card(*arguments)

@@ -279,10 +279,14 @@ def test_generation_with_a_static_cache_compiles_once(padding):
 
 
 @no_paged_bias
-def test_a_manager_of_continuous_batching():
-    model = tiny_model()
-    model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(num_blocks=8))
+@pytest.mark.parametrize("attn_implementation", ["fire", "eager", "sdpa"])
+def test_a_manager_of_continuous_batching(attn_implementation):
+    model = tiny_model(attn_implementation=attn_implementation)
+    manager = model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(num_blocks=8))
     assert model.config._attn_implementation == "sdpa"
+    manager.start()
+    manager.stop(block=True)
+    assert model.config._attn_implementation == attn_implementation
 
 
 @torch.no_grad()

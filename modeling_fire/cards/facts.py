@@ -173,7 +173,8 @@ class Facts:
         if facts.own_name(found) is not None:
             facts.evaluation = found
         elif evaluation is not None:
-            raise CardError(f"{evaluation} has no figures of {folder}, but of {', '.join(found.get('models', {}))}.")
+            others = ", ".join(found.get("models", {})) or "no model"
+            raise CardError(f"{evaluation} has no figures of {folder}, but of {others}.")
         return facts
 
     @property
@@ -329,7 +330,10 @@ def read_first(paths: Iterable[Path]) -> dict[str, Any]:
     for path in paths:
         if path.is_file():
             try:
-                return json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CardError(f"{path} is broken: {error}") from error
+            if not isinstance(found, dict):
+                raise CardError(f"{path} is not what its name says: it holds a {type(found).__name__}, not an object.")
+            return found
     return {}
