@@ -35,8 +35,8 @@ from modeling_fire.triton_forward_fire import _combine_kernel, _decode_kernel, _
 from modeling_fire.triton_tiles_fire import _plan_kernel
 
 
-# Bytes of shared memory that one block may use.
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# KiB of shared memory that one block may use.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KERNELS = {
     "forward": _forward_kernel,
@@ -243,7 +243,7 @@ def shortest_way(start: int, end: int, targets: dict[int, str], labels: dict[str
 
 def fault(case: Case, code: Code) -> str:
     """What is wrong with the code, or nothing."""
-    if code.shared > SHARED_MEMORY[case.arch]:
+    if code.shared > SHARED_MEMORY[case.arch] * 1024:
         return "too much shared memory"
     if code.spills:
         return "spills"

@@ -108,6 +108,7 @@ def attention(
     visible: torch.Tensor | None,
     transform: str,
     consecutive: bool,
+    separate: bool,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -122,7 +123,9 @@ def attention(
         scores, of shape `(batch, heads, queries)`, float32 or wider. A query that sees nothing gets 0 and -inf.
     """
     bias = PiecewiseBias(knots, slope, offset, c, row_scale, shared, transform)
-    positions = FirePositions(query_position, query_position, key_position, first, last, visible, consecutive)
+    positions = FirePositions(
+        query_position, query_position, key_position, first, last, visible, consecutive, separate=separate
+    )
     with torch.autocast(query.device.type, enabled=False):
         return load_backend(query).forward(query, key, value, bias, positions, scaling)
 
@@ -176,7 +179,7 @@ def _(grad_output, query, key, value, output, lse, knots, slope, offset, c, row_
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.transform, ctx.consecutive, ctx.scaling = inputs
+    *tensors, ctx.transform, ctx.consecutive, _, ctx.scaling = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -187,7 +190,7 @@ def _backward(ctx, grad_output, _):
     dq, dk, dv, *dbias = attention_backward(
         grad_output, *tensors[:3], output, lse, *tensors[3:], ctx.transform, ctx.consecutive, ctx.scaling, bias_grad
     )
-    return dq, dk, dv, None, *(dbias if bias_grad else [None] * 4), *[None] * 9
+    return dq, dk, dv, None, *(dbias if bias_grad else [None] * 4), *[None] * 10
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -235,5 +238,6 @@ def fused_attention(
         positions.visible,
         bias.transform,
         positions.consecutive,
+        positions.separate,
         scaling,
     )[0]

@@ -29,6 +29,8 @@ class FirePositions(NamedTuple):
         consecutive (`bool`):
             Whether a distance is the difference of indices: the coordinate of each key is its index.
         causal (`bool`): Whether no query sees keys ahead.
+        separate (`bool`):
+            Whether the queries are of requests side by side, which see few of the keys each: a hint for speed.
     """
 
     absolute: torch.Tensor
@@ -39,6 +41,7 @@ class FirePositions(NamedTuple):
     visible: torch.Tensor | None = None
     consecutive: bool = False
     causal: bool = True
+    separate: bool = False
 
     @classmethod
     def arange(
@@ -92,6 +95,7 @@ class FirePositions(NamedTuple):
             None if self.visible is None else self.visible[:, :num_keys],
             self.consecutive,
             self.causal,
+            self.separate,
         )
 
     def check(self, batch: int, queries: int, keys: int) -> None:
@@ -196,7 +200,7 @@ def paged_positions(
     first = cu_seq_lens_k.long()[request][None]
     query = first + position_ids
     key = torch.arange(attention_mask.shape[-1], device=position_ids.device)[None]
-    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True)
+    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True, separate=True)
 
 
 def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids: torch.Tensor | None) -> FirePositions:

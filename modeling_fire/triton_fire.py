@@ -71,7 +71,7 @@ BLOCKS_32 = {
     ("forward", 8): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 2), Blocks(16, 16, 4, 2)),
     ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1)),
-    ("key", 9): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 8, 1)),
+    ("key", 9): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
     ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 16, 8, 2)),
 }
 # With 16 bits, where keys stand anywhere, `psi` is a power or each head has its own, which take more registers:
@@ -82,8 +82,9 @@ BLOCKS_16_HEAVY = {
 # Rows or columns of a tile, at most.
 MAX_ROWS = 256
 # Up to this many queries, each has programs of its own, which share its keys between them. So it is where there are
-# many keys for each: queries of guessed tokens, or of the requests of continuous batching, which each see few of them.
-DECODE_QUERIES, MAX_DECODE_QUERIES, KEYS_PER_QUERY = 4, 256, 512
+# many keys for each, up to `GUESSED_QUERIES` of one text, each of which reads all of them, or up to
+# `SEPARATE_QUERIES` of requests side by side, which see few of them each.
+DECODE_QUERIES, GUESSED_QUERIES, SEPARATE_QUERIES, KEYS_PER_QUERY = 4, 16, 256, 512
 # Query heads of one key head that such a program takes together: the least that a matrix product has rows.
 GROUP_BLOCK = 16
 
@@ -96,7 +97,8 @@ def power_of_two(number: int, least: int = 16) -> int:
 def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int, heavy: bool = False) -> Blocks:
     """The tile sizes of a kernel on GPUs of a major compute capability; `heavy` as for `BLOCKS_16_HEAVY`."""
     table = BLOCKS_32 if dtype == torch.float32 else BLOCKS_16 | (BLOCKS_16_HEAVY if heavy else {})
-    sizes = table.get((kernel, capability), table[kernel, 8])
+    # Triton takes 11 for 10's instructions.
+    sizes = table.get((kernel, 10 if capability == 11 else capability), table[kernel, 8])
     return next(blocks for blocks, largest in zip(sizes, HEAD_DIMS, strict=True) if head_dim <= largest)
 
 
@@ -239,7 +241,7 @@ def forward(
     query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
     rows = Rows.of(bias, positions)
     with torch.cuda.device_of(query):
-        if decodes(num_queries, key.shape[2]):
+        if decodes(num_queries, key.shape[2], positions.separate):
             decode(query, key, value, bias, positions, rows, scaling, output, lse)
             return output, lse
         blocks = block_sizes_for("forward", query, bias, positions)
@@ -259,10 +261,10 @@ def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 and near else tensor.contiguous()
 
 
-def decodes(num_queries: int, num_keys: int) -> bool:
+def decodes(num_queries: int, num_keys: int, separate: bool) -> bool:
     """Whether so many queries beside so many keys are taken one by one; see `DECODE_QUERIES`."""
-    many_keys = num_queries <= MAX_DECODE_QUERIES and num_keys >= KEYS_PER_QUERY * num_queries
-    return num_queries <= DECODE_QUERIES or many_keys
+    most = SEPARATE_QUERIES if separate else GUESSED_QUERIES
+    return num_queries <= DECODE_QUERIES or (num_queries <= most and num_keys >= KEYS_PER_QUERY * num_queries)
 
 
 def num_splits(programs: int, num_keys: int, columns: int, device: torch.device) -> int:

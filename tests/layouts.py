@@ -30,7 +30,7 @@ def side_by_side(requests: list[tuple[int, int]]) -> FirePositions:
         start += cached + new
     rows = (torch.tensor(field)[None] for field in (absolute, query))
     limits = (torch.tensor(field)[None] for field in (first, last))
-    return FirePositions(*rows, torch.arange(start)[None], *limits, consecutive=True)
+    return FirePositions(*rows, torch.arange(start)[None], *limits, consecutive=True, separate=True)
 
 
 def scattered(length: int, batch: int = 2, seed: int = 0) -> FirePositions:

@@ -40,7 +40,7 @@ def operator_arguments(queries=11, keys=17, dtype=torch.float32):
     for tensor in (bias.slope, bias.offset, bias.c, bias.row_scale):
         tensor.requires_grad_()
     where = (positions.query, positions.key, positions.first, positions.last, None)
-    return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, *where, bias.transform, True, 0.3)
+    return (*random_qkv(queries, keys, dtype=dtype), *bias.tensors, *where, bias.transform, True, False, 0.3)
 
 
 def test_opcheck(backend):
@@ -56,7 +56,8 @@ def test_opcheck(backend):
             output,
             lse,
             *(t.detach() for t in arguments[3:9]),
-            *arguments[9:],
+            *arguments[9:-2],
+            arguments[-1],
             True,
         ),
         test_utils=("test_schema", "test_faketensor"),

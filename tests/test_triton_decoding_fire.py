@@ -79,6 +79,16 @@ def test_requests_side_by_side(keys_per_query, monkeypatch):
     assert decode.called == (keys_per_query == 8)
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "one_text", "separate"),
+    [(4, 4, True, True), (16, 8192, True, True), (16, 8191, False, False), (17, 10**6, False, True)],
+)
+def test_what_is_taken_one_by_one(queries, keys, one_text, separate):
+    assert (
+        triton_fire.decodes(queries, keys, False) == one_text and triton_fire.decodes(queries, keys, True) == separate
+    )
+
+
 def test_decoding_with_invisible_keys():
     whole = scattered(70)
     positions = whole._replace(absolute=whole.absolute[:, -2:], query=whole.query[:, -2:])
