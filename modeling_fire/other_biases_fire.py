@@ -18,7 +18,8 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> torch.Te
     two, else those of the power of two below, then every other one of the power of two above.
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    heads = torch.arange(num_heads, device=device)  # there, so that no copy from the host holds a forward up
+    # There, so that no copy from the host holds a forward up.
+    heads = torch.arange(num_heads, dtype=torch.float32, device=device)
     exponents = torch.where(heads < power, 8 * (heads + 1), 4 * (2 * (heads - power) + 1)) / power
     return torch.exp2(-exponents)
 

@@ -10,7 +10,13 @@ from helpers import random_fire, tiny_config, tiny_model
 from torch import nn
 
 from modeling_fire import FirePositionBias
-from modeling_fire.other_biases_fire import AlibiPositionBias, KerplePositionBias, SandwichPositionBias, T5PositionBias
+from modeling_fire.other_biases_fire import (
+    AlibiPositionBias,
+    KerplePositionBias,
+    SandwichPositionBias,
+    T5PositionBias,
+    alibi_slopes,
+)
 from modeling_fire.position_bias_fire import build_position_bias
 from modeling_fire.positions_fire import FirePositions
 
@@ -129,14 +135,15 @@ def test_the_default_type_leaves_the_start_alone(mlp_depth, init_f):
         torch.manual_seed(0)
         try:
             torch.set_default_dtype(dtype)
-            return FirePositionBias(4, mlp_depth=mlp_depth, init_f=init_f).state_dict()
+            bias = FirePositionBias(4, mlp_depth=mlp_depth, init_f=init_f)
+            return bias.state_dict() | {"alibi": alibi_slopes(12)}
         finally:
             torch.set_default_dtype(before)
 
     narrow, usual, wide = (start(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
     for name in usual:
         assert torch.equal(narrow[name], usual[name]) and narrow[name].dtype == torch.float32
-        assert torch.equal(wide[name].float(), usual[name]) and wide[name].dtype == torch.float64
+        assert torch.equal(wide[name].float(), usual[name]) and (wide[name].dtype == torch.float64 or name == "alibi")
 
 
 @pytest.mark.parametrize("position_bias", ["fire", "kerple_log", "t5"])
