@@ -235,7 +235,7 @@ def fire_attention_forward(
     """
     Fused attention, whose memory is linear in the length. What it does not cover, a bias without a piecewise-linear
     form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks; and `torch.func`'s `grad`,
-    `vmap` and the like through the plain formula.
+    `vmap` and the like through the plain formula, where a query that sees nothing gets the mean of all values, not 0.
     """
     if in_function_transform():  # of which the fused operator has none
         if attention_mask is None and positions.first is not None:

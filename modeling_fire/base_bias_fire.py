@@ -14,8 +14,8 @@ from .positions_fire import FirePositions
 
 
 def in_function_transform() -> bool:
-    """Whether a transform of `torch.func` is at work, outside of `torch.compile`."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of `torch.func` is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class PositionBias(nn.Module):

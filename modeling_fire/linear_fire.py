@@ -67,6 +67,12 @@ def decay_start(
     return (weight + noise) / UNIT_SCALE, -at_zero  # a softmax ignores constants, 16-bit numbers do not
 
 
+@torch.compiler.assume_constant_result
+def rounds_products() -> bool:
+    """Whether GPUs are set to round what they multiply in float32 to ten bits (TF32)."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 class Float32Linear(nn.Module):
     """
     A linear layer that computes in float32 (or wider) whatever type its weights are stored in. Not an `nn.Linear`,
@@ -105,6 +111,5 @@ class Float32Linear(nn.Module):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return torch.cat((self.weight, self.bias[:, None]), dim=1).to(dtype)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # FSDP may hand in bfloat16
-        # GPUs may be set to round what they multiply in float32 to ten bits (TF32), and large units cancel.
-        wide = torch.float64 if hidden_states.is_cuda else dtype
+        wide = torch.float64 if hidden_states.is_cuda and rounds_products() else dtype  # large units cancel
         return nn.functional.linear(hidden_states.to(wide), self.weight.to(wide), self.bias.to(wide)).to(dtype)

@@ -433,13 +433,18 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         """
         See transformers, which knows attention implementations by name here: "fire" and "eager" have to be called
-        "sdpa" until the manager stops. With a paged cache that is fused all the same.
+        "sdpa" until a manager that was started stops. With a paged cache that is fused all the same.
         """
         self.forget()
         implementation = self.config._attn_implementation
-        if implementation in ("fire", "eager"):
-            self.set_attn_implementation("sdpa")
-        manager = super().init_continuous_batching(*args, **kwargs)
+        if implementation not in ("fire", "eager"):
+            return super().init_continuous_batching(*args, **kwargs)
+        self.set_attn_implementation("sdpa")
+        try:
+            manager = super().init_continuous_batching(*args, **kwargs)
+        except Exception:
+            self.set_attn_implementation(implementation)
+            raise
         manager._original_attn_impl = implementation  # which it sets again as it stops
         return manager
 

@@ -104,13 +104,14 @@ def relu_pieces(
         segments = torch.arange(len(knots) + 1, device=knots.device)[:, None]
         # By rank rather than by value: two knots in one place stay consistent.
         active = torch.where(weight >= 0, rank < segments, rank >= segments)
-    # In float64: large units cancel, and GPUs may be set to round what they multiply in float32 to ten bits (TF32).
-    wide_output, active = output_weight.double(), active.double()
-    slope = wide_output @ (active * weight.double()).T
+    # In float64, where devices have it: large units cancel, and GPUs may round what they multiply in float32 (TF32).
+    wide = torch.float64 if weight.device.type in ("cpu", "cuda") else weight.dtype
+    wide_output, active = output_weight.to(wide), active.to(wide)
+    slope = wide_output @ (active * weight.to(wide)).T
     # A softmax ignores a shift of all scores: the gradient of `output_bias` is 0, not the rounding errors of a sum,
     # which Adam would blow up.
     shift = output_bias.detach() + 0.0 * output_bias
-    offset = wide_output @ (active * hidden_bias.double()).T + shift.double()[:, None]
+    offset = wide_output @ (active * hidden_bias.to(wide)).T + shift.to(wide)[:, None]
     return knots, slope.to(weight.dtype), offset.to(weight.dtype)
 
 

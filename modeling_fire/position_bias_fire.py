@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
@@ -187,12 +188,15 @@ class FirePositionBias(PositionBias):
             # The queries before L share its normaliser. One *at* L does not: there `maximum` splits the gradient.
             shared = absolute < length
             row_scale = (psi(torch.maximum(absolute, length), c, self.transform) + self.eps).reciprocal()
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # for the gradient; the values are the same
                 row_scale = torch.where(shared, scale, row_scale)
         return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform)
 
     def pieces_of_token(self, positions: FirePositions, memory: dict) -> PiecewiseBias | None:
-        """On CPU the pieces, with their table, of one token before `L`, or one for each item: always the same ones."""
+        """
+        The pieces and their table for a step of one query for each item, all before `L`, on CPU: the same object at
+        each step. `None` otherwise.
+        """
         absolute, num_keys = positions.absolute, positions.key.shape[1]
         if absolute.shape[1] > 1 or absolute.device.type != "cpu":
             return None
@@ -257,6 +261,8 @@ class FirePositionBias(PositionBias):
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_function_transform():
             return None
+        if forward_ad._current_level >= 0:
+            return None  # parameters may have tangents
         hidden, output = self.mlp[0], self.mlp[2]
         own = [name for name in ("c", "L_multiplier") if getattr(self, name) is not None]
         places = [(self, name) for name in own] + [(x, name) for x in (hidden, output) for name in ("weight", "bias")]

@@ -30,7 +30,7 @@ class FirePositions(NamedTuple):
             Whether a distance is the difference of indices: the coordinate of each key is its index.
         causal (`bool`): Whether no query sees keys ahead.
         separate (`bool`):
-            Whether the queries are of requests side by side, which see few of the keys each: a hint for speed.
+            Whether the queries are few of each of several requests, which see few of the keys each: a hint for speed.
     """
 
     absolute: torch.Tensor
@@ -200,7 +200,8 @@ def paged_positions(
     first = cu_seq_lens_k.long()[request][None]
     query = first + position_ids
     key = torch.arange(attention_mask.shape[-1], device=position_ids.device)[None]
-    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True, separate=True)
+    few = position_ids.shape[-1] <= 16 * (len(cu_seq_lens_q) - 1)  # rather than part of a long prompt
+    return FirePositions(position_ids, query, key, first, query + 1, consecutive=True, separate=few)
 
 
 def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids: torch.Tensor | None) -> FirePositions:

@@ -303,10 +303,10 @@ def _key_gradient_kernel(
             scale = tl.load(SCALE + plan_batch * num_queries + rows, mask=inside, other=0.0)
             q = _load_tile(q_base, row_start, q_row, 0, num_queries, HEAD_DIM, ROW_BLOCK, DIM_BLOCK)
             product = _dot(k, tl.trans(q), None, FAST)
-            # Without the way of far tiles, which is cheap where a thread holds many elements of a row: here it is few.
             scores = _scores(
                 product, scaling * LOG2E, (query - origin).to(tl.float32)[None, :], offset[:, None], scale[None, :],
-                slope, constant, c, low, high, False, tl.load(fields + PRECISE) != 0, KNOTS, slopes, TRANSFORM, FAST,
+                slope, constant, c, low, high, start <= tl.load(fields + LAST_FAR),
+                tl.load(fields + PRECISE) != 0, KNOTS, slopes, TRANSFORM, FAST,
             )  # fmt: skip
             full_begin, full_end = tl.load(fields + FULL_BEGIN), tl.load(fields + FULL_END)
             if GENERAL or start < full_begin or start + COLUMN_BLOCK > full_end:

@@ -62,7 +62,7 @@ BLOCKS_16 = {
     # With 64 rows or more, Triton (3.6 to 3.9) fails at sums of row sums on sm_100.
     ("query", 10): (Blocks(32, 32, 4, 2), Blocks(32, 64, 4, 2), Blocks(32, 64, 8, 2), Blocks(32, 32, 4, 2)),
     ("key", 8): (Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 8, 2)),
-    ("key", 9): (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(16, 128, 8, 2), Blocks(16, 32, 4, 2)),
+    ("key", 9): (Blocks(64, 128, 8, 2), Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(16, 32, 4, 2)),
     ("key", 10): (Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
     ("decode", 8): (Blocks(1, 128, 4, 3), Blocks(1, 128, 4, 3), Blocks(1, 64, 4, 3), Blocks(1, 64, 4, 2)),
 }
@@ -71,7 +71,6 @@ BLOCKS_32 = {
     ("forward", 8): (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     ("query", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 4, 2), Blocks(16, 16, 4, 2)),
     ("key", 8): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 16, 4, 1)),
-    ("key", 9): (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
     ("decode", 8): (Blocks(1, 64, 8, 2), Blocks(1, 64, 8, 2), Blocks(1, 32, 8, 2), Blocks(1, 16, 8, 2)),
 }
 # With 16 bits, where keys stand anywhere, `psi` is a power or each head has its own, which take more registers:

@@ -287,6 +287,9 @@ def test_a_manager_of_continuous_batching(attn_implementation):
     manager.start()
     manager.stop(block=True)
     assert model.config._attn_implementation == attn_implementation
+    with pytest.raises(TypeError, match="nonsense"):
+        model.init_continuous_batching(nonsense=1)
+    assert model.config._attn_implementation == attn_implementation
 
 
 @torch.no_grad()

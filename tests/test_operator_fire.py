@@ -242,13 +242,16 @@ def test_positions_say_themselves_whether_they_are_causal(monkeypatch):
     torch.testing.assert_close(fire_attention(*inputs, bias, FirePositions.arange(9, causal=False)), expected)
 
 
-def test_forward_mode_derivatives_are_refused():
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_derivatives_are_refused(gradients):
     bias, (query, key, value) = FirePositionBias(4), (x.detach() for x in random_qkv(9, 9, dtype=torch.float32))
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(p.detach(), torch.ones_like(p)) for name, p in bias.named_parameters()}
         positions = FirePositions.arange(9)
-        pieces = bias(positions, piecewise=True)
-        of_parameters = torch.func.functional_call(bias, dual, (positions,), {"piecewise": True})
+        pieces = bias.eval()(positions, piecewise=True)
+        with torch.set_grad_enabled(gradients):
+            bias(FirePositions.arange(1, past=8), piecewise=True)
+            of_parameters = torch.func.functional_call(bias, dual, (positions,), {"piecewise": True})
         for at, found in ((forward_ad.make_dual(key, key), pieces), (key, of_parameters)):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 fused_attention(query, at, value, found, positions, 0.3)
@@ -287,6 +290,11 @@ def test_transforms_of_functions(build):
     direction = {name: torch.ones_like(p) for name, p in parameters.items()}
     _, slope = torch.func.jvp(lambda parameters: loss(parameters, *inputs), (parameters,), (direction,))
     torch.testing.assert_close(slope, sum(gradient.sum() for gradient in expected.values()))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="eager")(parameters, *inputs)
+    for name in expected:
+        torch.testing.assert_close(compiled[name], expected[name])
 
 
 def test_the_choice_of_a_backend(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import product
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import EPS, assert_close, causal, index
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_fire import FirePositionBias
 from modeling_fire.positions_fire import FirePositions
@@ -253,6 +256,22 @@ def test_pieces_are_as_exact_as_float32_holds_them():
     pieces = bias(positions, piecewise=True)
     assert_close(pieces.slope, exact.slope, ulps=1)
     assert_close(pieces.offset, exact.offset, ulps=1)
+
+
+def test_devices_without_float64():
+    """Apple's, for instance: meta tensors stand in."""
+
+    class Types(TorchDispatchMode):
+        found: ClassVar[set] = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.found |= {x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+            return result
+
+    with Types() as types:
+        FirePositionBias(4).to("meta")(FirePositions.arange(4, "meta"), piecewise=True)
+    assert torch.float32 in types.found and torch.float64 not in types.found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is of GPUs.")

@@ -63,10 +63,10 @@ def write_card(
     Raises:
         [`CardError`]: before anything is written, if there is no model, or if a file is broken or of another model.
     """
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise CardError(f"{out} cannot be written: give the file, {CARD_NAME} for instance, in a folder that exists.")
     out = out or Path(folder) / CARD_NAME
     folder = Path(folder).resolve()
-    if out.is_dir() or not out.parent.is_dir():
-        raise CardError(f"{out} cannot be written: give the file, {CARD_NAME} for instance, in a folder that exists.")
     if not overwrite and out.exists() and MARK not in out.read_text(encoding="utf-8"):
         raise CardError(f"{out} was not written by this command. `--overwrite` replaces it.")
     facts = Facts.of(folder, results, evaluation, base, training)
