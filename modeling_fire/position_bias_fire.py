@@ -117,6 +117,7 @@ class FirePositionBias(PositionBias):
         one = torch.ones(1, dtype=parameter_dtype())
         self.c = nn.Parameter(one * init_c) if transform != "identity" else None
         self.L_multiplier = nn.Parameter(one.clone()) if threshold else None
+        self._names = (*self._parameters, "weight", "bias", "weight", "bias")
         # A buffer, so that nothing trains it (PEFT's modules_to_save would train a frozen parameter).
         self.register_buffer("init_L", one * init_L)
         self.reset_parameters()
@@ -264,13 +265,13 @@ class FirePositionBias(PositionBias):
         if forward_ad._current_level >= 0:
             return None  # parameters may have tangents
         hidden, output = self.mlp[0], self.mlp[2]
-        own = [name for name in ("c", "L_multiplier") if getattr(self, name) is not None]
-        places = [(self, name) for name in own] + [(x, name) for x in (hidden, output) for name in ("weight", "bias")]
         if type(hidden) is not Float32Linear or type(output) is not Float32Linear:
             return None  # an adapter
-        if not all(name in module._parameters for module, name in places):
-            return None  # a parametrization
-        watched = [*(module._parameters[name] for module, name in places), self.init_L]
+        # Rather than `parameters()`, which walks through modules.
+        own, first, last = self._parameters, hidden._parameters, output._parameters
+        if (*own, *first, *last) != self._names:
+            return None  # a parametrization, or something pruned
+        watched = [*own.values(), *first.values(), *last.values(), self.init_L]
         device = self.init_L.device
         # Offloaded weights are elsewhere until their layer is called.
         if any(isinstance(x, DTensor) or x.is_inference() or x.device != device for x in watched):
