@@ -21,7 +21,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
-demo: $(READY)  ## Train FIRE and its rivals at a short length, test them at 16 times that length (about ten minutes on two cores)
+demo: $(READY)  ## Train FIRE and its rivals at a short length, test them at 16 times that length (ten to fifteen minutes on two cores)
 	$(PYTHON_PASSIVE) recipes/extrapolate.py recipes/demo/demo.yaml
 
 study: $(READY)  ## The study behind FIRE's defaults (half an hour on two cores; a killed run continues)
