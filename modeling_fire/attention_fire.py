@@ -287,8 +287,9 @@ def fire_attention(
     Attention with a position bias, for an attention layer of one's own.
 
     Where the bias is piecewise linear (FIRE with one hidden layer of ReLU units, KERPLE, ALiBi) it runs fused, on CPU
-    and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, and the
-    gradients of `query`, `key`, `value` and of every parameter of the bias are exact.
+    and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, except
+    under `torch.func`, where it is the plain formula. The gradients of `query`, `key`, `value` and of every parameter
+    of the bias are exact.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): float32, bfloat16 or float16.
