@@ -1,7 +1,6 @@
 """FIRE models: a pre-norm decoder whose attention scores carry a learned function of distance (arXiv 2310.04418)."""
 
 import functools
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +18,8 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -35,6 +33,7 @@ from .configuration_fire import FireConfig
 from .linear_fire import Float32Linear
 from .position_bias_fire import FirePositionBias, build_position_bias
 from .positions_fire import FirePositions, has_padding, paged_positions, token_positions
+from .rotary_fire import FireRotaryEmbedding
 
 
 try:
@@ -51,27 +50,6 @@ def build_norm(config: FireConfig) -> nn.Module:
     if config.norm_type == "layer_norm":
         return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps, bias=config.norm_bias)
     return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class FireRotaryEmbedding(GPTNeoXRotaryEmbedding):
-    """
-    transformers' rotation, for part of a head if so configured, with every angle times `rope_angle_scale`. YaRN's
-    temperature goes with the angles: at 0 there is nothing left of either. Pairs that turn slower than
-    `rope_max_period` says stand still.
-    """
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        frequencies = self.inv_freq.to(hidden_states.device, torch.float32)
-        if self.config.rope_max_period is not None:
-            frequencies = frequencies * (frequencies * self.config.rope_max_period >= 2 * math.pi)
-        angles = position_ids[..., None].float() * frequencies
-        scale = self.config.rope_angle_scale
-        angles = torch.cat((angles, angles), dim=-1) * scale
-        temperature = 1.0 + (self.attention_scaling - 1.0) * scale
-        cos, sin = angles.cos() * temperature, angles.sin() * temperature
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 class FireMLP(nn.Module):
