@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..modeling_fire import FireAttention
+from ..position_bias_fire import FirePositionBias
 from ..positions_fire import FirePositions
 
 
@@ -76,6 +77,7 @@ def fit(
     # RMS norms of queries stand between a projection and what a factor would change.
     rotated = 0 if attention.config.qk_norm else rotation[0].shape[-1]
     divergences = []
+    bias.mlp[2].bias.zero_()
     for head in range(query.shape[1]):
         shared = head // attention.num_key_value_groups
 
@@ -98,7 +100,31 @@ def fit(
         bias.mlp[2].weight[head] = weight / scale
         if rotated:
             turn_queries(attention, head, *z.chunk(2))
+    decline_beyond(bias, length)
     return torch.stack(divergences)
+
+
+@torch.no_grad()
+def decline_beyond(bias: FirePositionBias, length: int) -> None:
+    """
+    Adds `-log(distance)` to `f`, from the first knot at `length` tokens or more on; what is nearer stays as it was. No
+    text decides there. With an `f` that stayed constant, far keys would weigh the more the more of them there are; so,
+    each doubling of the distance weighs as much as the one before.
+
+    Args:
+        bias ([`FirePositionBias`]): whose first unit rises from distance 0; the others fall, each down to its knot.
+        length (`int`): that `f` was fitted at.
+    """
+    layers: Any = bias.mlp
+    hidden, output = layers[0], layers[2]
+    slope, knots = hidden.weight[:, 0], -hidden.bias / hidden.weight[:, 0]
+    normalizer = bias.normalizer(slope.new_zeros(1))
+    at_length = bias.psi(slope.new_tensor(length)) / normalizer * (1 - 1e-4)
+    unit = int((knots < at_length).sum().clamp(max=len(knots) - 1))
+    # Together the two units are `max(x, knot)` and a constant.
+    output.weight[:, 0] -= normalizer / slope[0]
+    output.weight[:, unit] += normalizer / slope[unit]
+    output.bias += normalizer * knots[unit]
 
 
 def turned_products(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_fire import FireForCausalLM
+from modeling_fire import FireForCausalLM, FirePositionBias
 from modeling_fire.conversion import CalibrationOptions, ConversionError, convert
 from modeling_fire.conversion import calibrate as calibrate_module
 from modeling_fire.conversion.align import align
@@ -23,7 +23,7 @@ from modeling_fire.conversion.calibrate import (
     public_name,
     repeating,
 )
-from modeling_fire.conversion.fit import RIDGE, fit, minimise
+from modeling_fire.conversion.fit import RIDGE, decline_beyond, fit, minimise
 from modeling_fire.conversion.sampling import sampled_windows
 from modeling_fire.errors import FireError
 from modeling_fire.evaluation import loss_by_context
@@ -83,6 +83,11 @@ def divergence(attention, original, inputs, rotation, fast, positions):
     return torch.where(wanted > 0, wanted * (wanted.log() - found.log()), 0).sum(-1).mean((0, 2))
 
 
+def bias_at(bias, distance):
+    """`f` of a query before `L` at some distances: `(distances, heads)`."""
+    return bias.mlp((bias.psi(distance) / bias.normalizer(torch.zeros_like(distance[:1])))[:, None]).detach()
+
+
 ORIGINALS = {
     "llama": checkpoints.llama,
     "qwen2, whose queries have biases": checkpoints.qwen2,
@@ -116,7 +121,25 @@ def test_fit_leaves_alone_what_no_rotation_turned(kept):
     assert fit(attention, inputs, still, None, positions).max() < 1e-12
     assert fit(attention, inputs, (cos, sin), (cos, sin), positions).max() < 1e-12
     torch.testing.assert_close(attention.q_proj.weight, original.q_proj.weight, atol=1e-10, rtol=0)
-    assert attention.position_bias.mlp[2].weight.abs().max() < 1e-10
+    distance = torch.tensor([0.0, 1, LENGTH / 2, LENGTH, 2 * LENGTH, 4 * LENGTH], dtype=torch.float64)
+    f = bias_at(attention.position_bias, distance)
+    assert f[:3].abs().max() < 1e-10
+    expected = torch.tensor([0, math.log(2), math.log(4)], dtype=torch.float64)
+    assert (f[3:] + expected[:, None]).abs().max() < 0.05, "far away, each doubling of the distance weighs the same"
+
+
+@pytest.mark.parametrize("length", [2048, 512, 3000])
+def test_far_distances_decline_from_the_length_of_the_fit_on(length):
+    bias = FirePositionBias(2, init_c=1.0, init_L=64 * 2048, train_length=2048)
+    distance = torch.tensor([0.0, 1, 100, min(length, 2000), 8192, 16384])
+    before = bias_at(bias, distance)
+    decline_beyond(bias, length)
+    change = bias_at(bias, distance) - before
+    assert change[:4].abs().max() < 1e-3
+    step = math.exp(math.log1p(2048) / 31)  # from knot to knot
+    start = min(length, 2048)
+    assert (math.log(8192 / start / step) < -change[4]).all() and (-change[4] < math.log(8192 / start) + 1e-3).all()
+    torch.testing.assert_close(change[4] - change[5], torch.full((2,), math.log(2.0)), atol=1e-3, rtol=0)
 
 
 def test_newton_finds_the_minimum():
