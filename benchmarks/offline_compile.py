@@ -48,7 +48,7 @@ KERNELS = {
     "combine": _combine_kernel,
 }
 POINTERS = {"ROWS": "*i32", "BLOCKS": "*i32", "EDGES": "*i32", "KEYS": "*i64", "VISIBLE": "*i1"}
-POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64", "EXCESS": "*fp64"}
+POINTERS |= {"QUERY": "*i64", "FIRST": "*i64", "LAST": "*i64", "ABSOLUTE": "*i64", "EXCESS": "*fp64"}
 DATA_POINTERS = {"Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV"}
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTCMMA")
 
@@ -141,6 +141,8 @@ def compile_case(case: Case) -> Any:
     }
     if not form.general:
         constants |= {"KEYS": None, "VISIBLE": None}
+    if not form.knots:
+        constants |= {"ABSOLUTE": None}
     if case.dtype == "fp32" or form.transform == "none":
         constants |= {"EXCESS": None, "GRID": None}
     signature, values, attributes = {}, {}, {}
@@ -152,7 +154,7 @@ def compile_case(case: Case) -> Any:
             data = f"*{case.dtype}" if name in DATA_POINTERS else "*fp32"
             signature[name] = POINTERS.get(name, data)
         else:
-            signature[name] = "fp32" if name in ("scaling", "tolerance") else "i32"
+            signature[name] = "fp32" if name in ("scaling", "tolerance", "eps") else "i32"
         if name.isupper() or name.endswith(("_batch", "_head", "_row")):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, values, attributes)

@@ -115,7 +115,7 @@ def add_hinges(pieces, reached: slice) -> Callable:
 @torch.no_grad()
 def reached_knots(bias: FirePositionBias, length: int, device: torch.device) -> slice | None:
     """The knots that some distance reaches; `None` if no query is past L. Read once: each time would be a wait."""
-    pieces = bias(FirePositions.arange(length, device), piecewise=True)
+    pieces = bias(FirePositions.arange(length, device), backend="cpu")
     if bool(pieces.shared.all()):
         return None
     return slice(int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum()))
@@ -126,7 +126,7 @@ def flex(query, key, value, bias: FirePositionBias, learns: bool = True) -> torc
     length, device = query.shape[2], query.device
     reached = reached_knots(bias, length, device)
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        pieces = bias(FirePositions.arange(length, device), piecewise=True)
+        pieces = bias(FirePositions.arange(length, device), backend="cpu")
         add = add_from_table(pieces) if reached is None else add_hinges(pieces, reached)
     return compiled_flex(query, key, value, score_mod=add, block_mask=causal_blocks(length, device))
 

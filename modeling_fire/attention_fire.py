@@ -71,7 +71,7 @@ def piecewise_bias(
     if position_bias is None:
         dtype = torch.promote_types(query.dtype, torch.float32)
         return PiecewiseBias.straight(query.new_zeros(num_heads, dtype=dtype), "none", positions.query)
-    bias = position_bias(positions, piecewise=True)
+    bias = position_bias(positions, backend_name(query))
     if bias.slope.device != query.device:
         bias = bias.to(query.device)
     if bias.slope.shape[0] == num_heads:

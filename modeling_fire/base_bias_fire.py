@@ -38,18 +38,19 @@ class PositionBias(nn.Module):
         """Whether there is a piecewise-linear form, which the fused paths ask for."""
         return type(self).pieces is not PositionBias.pieces
 
-    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+    def pieces(self, positions: FirePositions, dtype: torch.dtype, backend: str) -> PiecewiseBias:
         """The piecewise-linear form, computed in `dtype`, if `is_piecewise`."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Initialises the parameters of this module, not those of its children; the default has none."""
 
-    def forward(self, positions: FirePositions, piecewise: bool = False) -> torch.Tensor | PiecewiseBias:
+    def forward(self, positions: FirePositions, backend: str | None = None) -> torch.Tensor | PiecewiseBias:
         """
         Args:
             positions ([`FirePositions`]): the queries and keys of the block.
-            piecewise (`bool`, *optional*, defaults to `False`): whether to return the form that fused paths take.
+            backend (`str`, *optional*):
+                `"cpu"` or `"triton"`, for the form that this fused path takes; see `operator_fire.choose_backend`.
 
         Returns:
             `torch.Tensor` of shape `(batch or 1, num_heads, queries, keys)`, of type float32 or wider; or a
@@ -58,8 +59,8 @@ class PositionBias(nn.Module):
         with maybe_autocast(device_type=positions.query.device.type, enabled=False):
             dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
             dtype = torch.promote_types(dtype, torch.float32)
-            if piecewise:
-                return self.pieces(positions, dtype)
+            if backend is not None:
+                return self.pieces(positions, dtype, backend)
             return self.compute(positions, dtype).movedim(-1, 1)
 
     def _apply(self, fn, recurse=True):

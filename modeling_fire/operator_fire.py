@@ -9,6 +9,7 @@ one opaque node. The gradient of every tensor of the bias is exact; the paramete
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
 
 from .cpu_fire import backward as cpu_backward
-from .cpu_fire import decode
+from .cpu_fire import decode as cpu_decode
 from .cpu_fire import forward as cpu_forward
 from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
@@ -35,25 +36,27 @@ NAMESPACE = re.sub(r"\W", "_", __package__ or "fire")
 
 
 class Backend(NamedTuple):
-    """The two functions behind the operators."""
+    """The two functions behind the operators, and one for a token at a time beside them; see [`PiecewiseBias`]."""
 
     forward: Callable
     backward: Callable
+    decode: Callable
 
 
-@torch.compiler.assume_constant_result
-def choose_backend(device: torch.device, forced: str) -> str:
+@cache
+def choose_backend(device: torch.device, forced: str, interpreted: bool) -> str:
     """
     What attention with a piecewise-linear bias runs on: `"triton"`, `"cpu"`, or `"none"` where nothing is fused.
 
     Args:
         device (`torch.device`): where the tensors are.
         forced (`str`): one of the three, from the environment variable `FIRE_BACKEND`, or `""` to go by the device.
+        interpreted (`bool`): whether Triton interprets kernels, for tests, rather than compile them.
     """
     if forced not in ("", "triton", "cpu", "none"):
         raise ValueError(f"FIRE_BACKEND must be 'triton', 'cpu' or 'none' (blocks of a dense bias), got {forced!r}.")
     name = forced or {"cpu": "cpu", "cuda": "triton"}.get(device.type, "none")
-    if name == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") == "0":
+    if name == "triton" and device.type != "cuda" and not interpreted:
         raise ValueError(
             f"FIRE_BACKEND=triton, but the tensors are on {device.type}: unset it, or set TRITON_INTERPRET=1 to test."
         )
@@ -73,9 +76,16 @@ def choose_backend(device: torch.device, forced: str) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result
+def device_backend(device: torch.device) -> str:
+    """[`choose_backend`] by the environment variables."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    return choose_backend(device, os.environ.get("FIRE_BACKEND", ""), interpreted)
+
+
 def backend_name(query: torch.Tensor) -> str:
     """The backend for tensors like `query`; see [`choose_backend`]."""
-    name = choose_backend(query.device, os.environ.get("FIRE_BACKEND", ""))
+    name = device_backend(query.device)
     if name == "triton" and (query.shape[-1] > MAX_HEAD_DIM or query.dtype == torch.float64):
         return "none"
     return name
@@ -84,10 +94,10 @@ def backend_name(query: torch.Tensor) -> str:
 def load_backend(query: torch.Tensor) -> Backend:
     """The functions of the backend for tensors like `query`."""
     if backend_name(query) == "triton":
-        from .triton_fire import backward, forward
+        from .triton_fire import backward, decode_token, forward
 
-        return Backend(forward, backward)
-    return Backend(cpu_forward, cpu_backward)
+        return Backend(forward, backward, decode_token)
+    return Backend(cpu_forward, cpu_backward, cpu_decode)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -216,8 +226,8 @@ def fused_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention of shape `(batch, heads, queries, head_dim)`, where [`backend_name`] names one."""
-    if bias.table is not None and backend_name(query) == "cpu":
-        output = decode(query, key, value, bias, positions, scaling)
+    if bias.table is not None or bias.eps is not None:
+        output = load_backend(query).decode(query, key, value, bias, positions, scaling)
         if output is not None:
             return output
     # `torch.func.jvp` would take the operator for a constant.

@@ -46,7 +46,7 @@ class AlibiPositionBias(PositionBias):
         slopes = alibi_slopes(self.num_heads, positions.query.device).to(dtype)
         return -positions.distance().to(dtype)[..., None] * slopes
 
-    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+    def pieces(self, positions: FirePositions, dtype: torch.dtype, backend: str) -> PiecewiseBias:
         slopes = alibi_slopes(self.num_heads, positions.query.device).to(dtype)
         return PiecewiseBias.straight(-slopes, "identity", positions.query)
 
@@ -82,7 +82,7 @@ class KerplePositionBias(PositionBias):
         r1, r2 = self.clamped(dtype)
         return -r1 * psi(positions.distance().to(dtype)[..., None], r2, self.variant)
 
-    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+    def pieces(self, positions: FirePositions, dtype: torch.dtype, backend: str) -> PiecewiseBias:
         r1, r2 = self.clamped(dtype)
         return PiecewiseBias.straight(-r1, self.variant, positions.query, r2)
 

@@ -35,6 +35,10 @@ class PiecewiseBias(NamedTuple):
             The bias by distance, the largest first and 0 last, where the queries are one token, or one for each item
             of a batch, and `shared`. A shortcut for inference on CPU, where it serves one token after the other;
             nothing else changes with it.
+        eps (`float`, *optional*):
+            If given, `row_scale`, of shape `(1, 1)`, is an upper limit: that of a query is the lesser of it and
+            `1 / (psi(absolute) + eps)`. So the same tensors serve one token after the other in inference on a GPU,
+            where the kernel works it out.
     """
 
     knots: torch.Tensor
@@ -45,6 +49,7 @@ class PiecewiseBias(NamedTuple):
     shared: torch.Tensor
     transform: str
     table: torch.Tensor | None = None
+    eps: float | None = None
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -73,7 +78,7 @@ class PiecewiseBias(NamedTuple):
     def to(self, device: torch.device) -> "PiecewiseBias":
         """The same bias on another device."""
         knots, slope, offset, c, row_scale, shared = (tensor.to(device) for tensor in self.tensors)
-        return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform)
+        return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, eps=self.eps)
 
     def heads(self, start: int, stop: int) -> "PiecewiseBias":
         """The heads from `start` to `stop`."""

@@ -166,16 +166,17 @@ class FirePositionBias(PositionBias):
         # An adapter may have put something else in the place of `mlp`, which then is only called.
         return isinstance(self.mlp, nn.Sequential) and len(self.mlp) == 3 and isinstance(self.mlp[1], nn.ReLU)
 
-    def pieces(self, positions: FirePositions, dtype: torch.dtype) -> PiecewiseBias:
+    def pieces(self, positions: FirePositions, dtype: torch.dtype, backend: str) -> PiecewiseBias:
         # One step after the other: what is the same for all of them is worked out once.
         if positions.key.shape[1] == positions.absolute.shape[1]:
             self.memory = {}  # a text begins, maybe with other parameters
         memory, constants = self.remembered(), None
         if memory is not None:
             constants = memory["constants"] = memory.get("constants") or self.constants(dtype)
-            of_token = self.pieces_of_token(positions, memory)
-            if of_token is not None:
-                return of_token
+            if positions.absolute.shape[1] == 1:
+                of_token = self.tabulated(positions, memory) if backend == "cpu" else self.limited(memory)
+                if of_token is not None:
+                    return of_token
         elif torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
             constants = self.prepared
         knots, slope, offset, c, length, scale = constants or self.constants(dtype)
@@ -193,27 +194,40 @@ class FirePositionBias(PositionBias):
                 row_scale = torch.where(shared, scale, row_scale)
         return PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform)
 
-    def pieces_of_token(self, positions: FirePositions, memory: dict) -> PiecewiseBias | None:
+    def tabulated(self, positions: FirePositions, memory: dict) -> PiecewiseBias | None:
         """
-        The pieces and their table for a step of one query for each item, all before `L`, on CPU: the same object at
-        each step. `None` otherwise.
+        The pieces and their table for a step of one query for each item on CPU, the same object at each step. `None`
+        unless all are before `L`.
         """
-        absolute, num_keys = positions.absolute, positions.key.shape[1]
-        if absolute.shape[1] > 1 or absolute.device.type != "cpu":
+        num_keys = positions.key.shape[1]
+        if positions.absolute.device.type != "cpu":
             return None
         knots, slope, offset, c, length, scale = memory["constants"]
         if "limit" not in memory:
             memory["limit"] = length.item() if length is not None and self.progressive else math.inf
-        if scale is None or max(absolute.flatten().tolist()) >= memory["limit"]:
+        if scale is None or max(positions.absolute.flatten().tolist()) >= memory["limit"]:
             return None
-        pieces = memory.get("token")
+        pieces = memory.get("table")
         if pieces is None or pieces.table.shape[1] < num_keys:
             # Room for twice as many keys before it has to be computed again.
             table = self.table(2 ** num_keys.bit_length(), knots, slope, offset, c, scale)
             row_scale, shared = scale[None], torch.ones_like(scale[None], dtype=torch.bool)
             pieces = PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
-            memory["token"] = pieces
+            memory["table"] = pieces
         return pieces
+
+    def limited(self, memory: dict) -> PiecewiseBias | None:
+        """
+        The pieces with an upper limit of `row_scale`, for a step of one query for each item on a GPU, the same object
+        at each step. `None` where the normaliser does not follow the query.
+        """
+        if self.progressive and "limited" not in memory:
+            knots, slope, offset, c, _, scale = memory["constants"]
+            row_scale = slope.new_full((1, 1), math.inf) if scale is None else scale[None]
+            shared = torch.zeros_like(row_scale, dtype=torch.bool)
+            pieces = PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, eps=self.eps)
+            memory["limited"] = pieces
+        return memory.get("limited")
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -273,16 +287,17 @@ class FirePositionBias(PositionBias):
             return None  # a parametrization, or something pruned
         watched = [*own.values(), *first.values(), *last.values(), self.init_L]
         device = self.init_L.device
-        # Offloaded weights are elsewhere until their layer is called.
-        if any(isinstance(x, DTensor) or x.is_inference() or x.device != device for x in watched):
-            return None
         on_cpu = device.type == "cpu"
         if not on_cpu and is_cuda_stream_capturing():
             return None  # a CUDA graph keeps the addresses of tensors, not the tensors
         state = [self.eps, self.transform, self.progressive, self.threshold, device]
-        state += [tensor.dtype for tensor in watched]
-        if not on_cpu:  # a comparison of values would wait for the device
-            state += [(tensor.data_ptr(), tensor._version) for tensor in watched]
+        for tensor in watched:
+            # Offloaded weights are elsewhere until their layer is called.
+            if isinstance(tensor, DTensor) or tensor.is_inference() or tensor.device != device:
+                return None
+            state.append(tensor.dtype)
+            if not on_cpu:  # a comparison of values would wait for the device
+                state += tensor.data_ptr(), tensor._version
         memory = self.memory
         current = memory.get("state") == state
         if current and on_cpu:

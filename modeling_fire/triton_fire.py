@@ -20,6 +20,7 @@ Scores are in units of log 2, so that `exp2` serves; `psi` is in *units* too: th
 Nothing here waits for the device.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,6 @@ from .positions_fire import FirePositions
 from .triton_backward_fire import _delta_kernel, _key_gradient_kernel, _query_gradient_kernel
 from .triton_forward_fire import _combine_kernel, _decode_kernel, _forward_kernel
 from .triton_tiles_fire import FIELDS, _plan_kernel
-
-
-try:  # in a `try`: whoever loads a model with its code need not have Triton
-    import triton
-except ImportError as error:
-    raise ImportError("The fused kernels for GPUs need Triton.") from error
 
 
 # ---------------------------------------------------------------- sizes
@@ -88,11 +83,27 @@ DECODE_QUERIES, GUESSED_QUERIES, SEPARATE_QUERIES, KEYS_PER_QUERY = 4, 16, 256, 
 GROUP_BLOCK = 16
 
 
+# Triton's own functions for these two are for kernels; called from outside they take as long as a small launch.
+def ceil_div(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up."""
+    return -(-number // divisor)
+
+
 def power_of_two(number: int, least: int = 16) -> int:
     """`number` rounded up to a power of two."""
-    return max(least, triton.next_power_of_2(number))
+    return max(least, 1 << (number - 1).bit_length())
 
 
+@cache
+def capability_and_processors(device: torch.device) -> tuple[int, int]:
+    """Of a GPU: the major compute capability, and the number of multiprocessors. The interpreter is a small one."""
+    if device.type != "cuda":
+        return 8, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.multi_processor_count
+
+
+@cache
 def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int, heavy: bool = False) -> Blocks:
     """The tile sizes of a kernel on GPUs of a major compute capability; `heavy` as for `BLOCKS_16_HEAVY`."""
     table = BLOCKS_32 if dtype == torch.float32 else BLOCKS_16 | (BLOCKS_16_HEAVY if heavy else {})
@@ -103,7 +114,7 @@ def block_sizes(kernel: str, dtype: torch.dtype, head_dim: int, capability: int,
 
 def block_sizes_for(kernel: str, query: torch.Tensor, bias: PiecewiseBias, positions: FirePositions) -> Blocks:
     """[`block_sizes`] for the type, head dimension and device of `query`, and what else makes the kernel."""
-    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 8
+    capability = capability_and_processors(query.device)[0]
     heavy = is_heavy(bias.transform, positions.consecutive, bias.c.shape[0] > 1)
     return block_sizes(kernel, query.dtype, query.shape[-1], capability, heavy)
 
@@ -144,14 +155,16 @@ class Rows(NamedTuple):
     slope: torch.Tensor
     offset: torch.Tensor
     c: torch.Tensor
+    absolute: torch.Tensor | None
 
     @classmethod
     def of(cls, bias: PiecewiseBias, positions: FirePositions) -> "Rows":
         """Of positions by [`kernel_positions`]."""
-        fields = [positions.query, positions.first, positions.last, bias.row_scale.float()]
-        fields += [None, None] if positions.consecutive else [positions.key, positions.visible]
-        fields += [bias.knots.float(), bias.slope.float(), bias.offset.float(), bias.c.float()]
-        return cls(*[None if field is None else field.detach().contiguous() for field in fields])
+        keys, visible = (None, None) if positions.consecutive else (positions.key, positions.visible)
+        absolute = None if bias.eps is None else positions.absolute
+        knots, slope, offset, c, row_scale = (field.float() for field in bias[:5])
+        fields = positions.query, positions.first, positions.last, row_scale, keys, visible, knots, slope, offset, c
+        return cls(*[None if field is None else field.contiguous() for field in (*fields, absolute)])
 
 
 def kernel_positions(positions: FirePositions) -> FirePositions:
@@ -190,7 +203,7 @@ def make_plan(
     num_queries, device = query.shape[2], query.device
     batches = max(field.shape[0] for field in rows[:4])
     c_heads = rows.c.shape[0]
-    row_blocks = triton.cdiv(num_queries, blocks.rows)
+    row_blocks = ceil_div(num_queries, blocks.rows)
     knot_block = power_of_two(rows.knots.shape[0])
     tensors = (
         torch.empty(batches, 3, num_queries, dtype=torch.int32, device=device),
@@ -268,8 +281,8 @@ def decodes(num_queries: int, num_keys: int, separate: bool) -> bool:
 
 def num_splits(programs: int, num_keys: int, columns: int, device: torch.device) -> int:
     """Into how many parts to split the keys, so that `programs` times that many fill the device twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(triton.cdiv(2 * processors, max(1, programs)), triton.cdiv(num_keys, 2 * columns), 64))
+    processors = capability_and_processors(device)[1]
+    return max(1, min(ceil_div(2 * processors, max(1, programs)), ceil_div(num_keys, 2 * columns), 64))
 
 
 def decode(
@@ -281,27 +294,46 @@ def decode(
     rows: Rows,
     scaling: float,
     output: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     """[`forward`] for queries taken one by one: a program for each and a part of the keys, and one to combine them."""
     batch, heads, num_queries, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
     blocks = block_sizes_for("decode", query, bias, positions)
-    programs = batch * kv_heads * triton.cdiv(group, GROUP_BLOCK) * num_queries
+    programs = batch * kv_heads * ceil_div(group, GROUP_BLOCK) * num_queries
     splits = num_splits(programs, key.shape[2], blocks.columns, query.device)
     dim_block = power_of_two(head_dim)
     part = torch.empty(programs, splits, GROUP_BLOCK, dim_block, dtype=torch.float32, device=query.device)
     totals = torch.empty(programs, splits, 2, GROUP_BLOCK, dtype=torch.float32, device=query.device)
     _decode_kernel[(splits * programs,)](
-        query, key, value, part, totals, *rows[:4], *tables(rows), scaling, *strides(query, key, value),
-        *[batch_stride(field) for field in rows[:6]], num_queries, key.shape[2], kv_heads, group, rows.knots.shape[0],
-        splits, C_PER_HEAD=rows.c.shape[0] > 1, GROUP_BLOCK=GROUP_BLOCK, **constants(query, bias, positions, blocks),
+        query, key, value, part, totals, *rows[:4], *tables(rows), rows.absolute, bias.eps or 0.0, scaling,
+        *strides(query, key, value), *[batch_stride(field) for field in (*rows[:6], rows.absolute)], num_queries,
+        key.shape[2], kv_heads, group, rows.knots.shape[0], splits, C_PER_HEAD=rows.c.shape[0] > 1,
+        GROUP_BLOCK=GROUP_BLOCK, **constants(query, bias, positions, blocks),
     )  # fmt: skip
     _combine_kernel[(batch * heads * num_queries,)](
         part, totals, output, lse, *strides(output), num_queries, heads, group, splits, HEAD_DIM=head_dim,
-        GROUP_BLOCK=GROUP_BLOCK, DIM_BLOCK=dim_block, SPLIT_BLOCK=triton.next_power_of_2(splits),
+        GROUP_BLOCK=GROUP_BLOCK, DIM_BLOCK=dim_block, SPLIT_BLOCK=power_of_two(splits, 1),
     )  # fmt: skip
+
+
+def decode_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: PiecewiseBias,
+    positions: FirePositions,
+    scaling: float,
+) -> torch.Tensor:
+    """The output of [`forward`] for one query of each item, of a bias with `eps`: in little Python."""
+    batch, heads, num_queries, head_dim = query.shape
+    positions = kernel_positions(positions)
+    output = query.new_empty(batch, num_queries, heads, head_dim).transpose(1, 2)
+    query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
+    with torch.cuda.device_of(query):
+        decode(query, key, value, bias, positions, Rows.of(bias, positions), scaling, output, None)
+    return output
 
 
 def backward(
@@ -333,7 +365,7 @@ def backward(
     by_query, by_key = (block_sizes_for(kernel, query, bias, positions) for kernel in ("query", "key"))
     segments = rows.slope.shape[1]
     segment_block = power_of_two(segments)
-    row_blocks, column_blocks = triton.cdiv(num_queries, by_query.rows), triton.cdiv(num_keys, by_key.columns)
+    row_blocks, column_blocks = ceil_div(num_queries, by_query.rows), ceil_div(num_keys, by_key.columns)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     excess, grid = None, None
     if bias_grad and query.dtype != torch.float32:
@@ -344,7 +376,7 @@ def backward(
     sizes = (num_queries, num_keys, heads, heads // kv_heads)
     key_strides = (batch_stride(rows.keys), batch_stride(rows.visible))
     with torch.cuda.device_of(query):
-        delta_blocks = triton.cdiv(num_queries, 64)
+        delta_blocks = ceil_div(num_queries, 64)
         _delta_kernel[(delta_blocks * batch * heads,)](
             output, grad_output, lse, delta, lse2, grid, *strides(output, grad_output), num_queries, heads,
             delta_blocks, HEAD_DIM=head_dim, ROW_BLOCK=64, DIM_BLOCK=power_of_two(head_dim),

@@ -113,16 +113,18 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_knots", "splits"])
 def _decode_kernel(
-    Q, K, V, PART, TOTALS, QUERY, FIRST, LAST, ROW_SCALE, KEYS, VISIBLE, KNOTS, SLOPE, OFFSET, C,
+    Q, K, V, PART, TOTALS, QUERY, FIRST, LAST, ROW_SCALE, KEYS, VISIBLE, KNOTS, SLOPE, OFFSET, C, ABSOLUTE, eps,
     scaling, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, query_stride, first_stride,
-    last_stride, scale_stride, keys_stride, visible_stride, num_queries, num_keys, kv_heads, group, num_knots, splits,
+    last_stride, scale_stride, keys_stride, visible_stride, absolute_stride, num_queries, num_keys, kv_heads, group,
+    num_knots, splits,
     C_PER_HEAD: tl.constexpr, TRANSFORM: tl.constexpr, GENERAL: tl.constexpr, FAST: tl.constexpr,
     HEAD_DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KNOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """
     Grid `(splits, batch * key heads * bundles * queries)`, flat: one query beside one part of its keys, for a bundle
-    of heads of a group, which share the `x` of a key. Stores the output before normalisation in `PART`, float32
+    of heads of a group, which share the `x` of a key. With `ABSOLUTE`, `ROW_SCALE` is an upper limit; see
+    `PiecewiseBias.eps`. Stores the output before normalisation in `PART`, float32
     `(grid, GROUP_BLOCK, DIM_BLOCK)`, and the largest score and the sum of weights in `TOTALS`, float32
     `(grid, 2, GROUP_BLOCK)`.
     """
@@ -136,6 +138,10 @@ def _decode_kernel(
     first = tl.maximum(tl.load(FIRST + batch * first_stride + row), 0).to(tl.int32)
     last = tl.minimum(tl.load(LAST + batch * last_stride + row), num_keys).to(tl.int32)
     scale = tl.load(ROW_SCALE + batch * scale_stride + row).to(tl.float32)
+    unit = LN2 if TRANSFORM == "log" else 1.0
+    if ABSOLUTE is not None:
+        absolute = tl.load(ABSOLUTE + batch * absolute_stride + row).to(tl.float32)
+        scale = tl.minimum(scale, 1.0 / (_units(absolute, 0.0, tl.load(C), True, TRANSFORM, FAST) * unit + eps))
 
     member = tl.arange(0, GROUP_BLOCK)
     head = kv_head * group + tl.minimum(bundle * GROUP_BLOCK + member, group - 1)
@@ -155,7 +161,6 @@ def _decode_kernel(
     reach_low, reach_high = tl.min(reach_low, 0), tl.max(reach_high, 0)
     behind_all, behind_any = query - reach_high, query - reach_low
     ahead_any, ahead_all = query + reach_low, query + reach_high
-    unit = LN2 if TRANSFORM == "log" else 1.0
 
     # Keys of this part: an equal share, in whole tiles.
     tiles = tl.cdiv(tl.maximum(last - first, 0), COLUMN_BLOCK * splits)
@@ -227,5 +232,6 @@ def _combine_kernel(
     output = tl.sum(parts * share[:, None], 0) / tl.where(total != 0.0, total, 1.0)
     out_base = OUT + batch.to(tl.int64) * out_batch + head.to(tl.int64) * out_head + row.to(tl.int64) * out_row
     tl.store(out_base + dim, output.to(OUT.dtype.element_ty), mask=dim < HEAD_DIM)
-    lse = tl.where(total != 0.0, (top + tl.log2(total)) * LN2, float("-inf"))  # NaN is not nothing
-    tl.store(LSE + tl.program_id(0), lse)
+    if LSE is not None:
+        lse = tl.where(total != 0.0, (top + tl.log2(total)) * LN2, float("-inf"))  # NaN is not nothing
+        tl.store(LSE + tl.program_id(0), lse)

@@ -93,7 +93,7 @@ def test_kinds_of_knots(layout, sizes):
 @pytest.mark.parametrize("layout", ["causal", "one token", "decoding", "both ways", "scattered"])
 def test_c_of_each_head(layout, sizes):
     positions = LAYOUTS[layout]
-    kerple = KerplePositionBias(4, "log").double()(positions, piecewise=True)
+    kerple = KerplePositionBias(4, "log").double()(positions, backend="cpu")
     check(positions, kerple)
     own = kerple._replace(row_scale=random_bias(4, positions).row_scale, shared=torch.zeros_like(kerple.shared))
     check(positions, own)
@@ -102,7 +102,7 @@ def test_c_of_each_head(layout, sizes):
 
 def test_knots_at_integer_distances():
     positions = FirePositions.arange(70)
-    bias = FirePositionBias.from_t5(torch.randn(8, 2), 64, 32).double()(positions, piecewise=True)
+    bias = FirePositionBias.from_t5(torch.randn(8, 2), 64, 32).double()(positions, backend="cpu")
     check(positions, bias, heads=2)
 
 

@@ -71,7 +71,7 @@ def test_gradcheck_through_the_parameters():
 
     def attend(query, key, value, *values):
         changed = dict(zip(parameters, values, strict=True))
-        pieces = torch.func.functional_call(bias, changed, (FirePositions.arange(7, past=2),), {"piecewise": True})
+        pieces = torch.func.functional_call(bias, changed, (FirePositions.arange(7, past=2),), {"backend": "cpu"})
         return fused_attention(query, key, value, pieces, FirePositions.arange(7, past=2), 0.3)
 
     # Half a token off the queries: at L = 5 the formula has a kink, and finite differences have no say.
@@ -248,10 +248,10 @@ def test_forward_mode_derivatives_are_refused(gradients):
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(p.detach(), torch.ones_like(p)) for name, p in bias.named_parameters()}
         positions = FirePositions.arange(9)
-        pieces = bias.eval()(positions, piecewise=True)
+        pieces = bias.eval()(positions, backend="cpu")
         with torch.set_grad_enabled(gradients):
-            bias(FirePositions.arange(1, past=8), piecewise=True)
-            of_parameters = torch.func.functional_call(bias, dual, (positions,), {"piecewise": True})
+            bias(FirePositions.arange(1, past=8), backend="cpu")
+            of_parameters = torch.func.functional_call(bias, dual, (positions,), {"backend": "cpu"})
         for at, found in ((forward_ad.make_dual(key, key), pieces), (key, of_parameters)):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 fused_attention(query, at, value, found, positions, 0.3)
@@ -300,24 +300,24 @@ def test_transforms_of_functions(build):
 def test_the_choice_of_a_backend(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     with pytest.raises(ValueError, match="FIRE_BACKEND must be"):
-        choose_backend(cpu, "fast")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+        choose_backend(cpu, "fast", False)
     with pytest.raises(ValueError, match="FIRE_BACKEND=triton, but the tensors are on cpu"):
-        choose_backend(cpu, "triton")
+        choose_backend(cpu, "triton", False)
     with pytest.raises(ValueError, match="FIRE_BACKEND=cpu, but the tensors are on cuda"):
-        choose_backend(gpu, "cpu")
+        choose_backend(gpu, "cpu", False)
     monkeypatch.setattr("modeling_fire.operator_fire.is_triton_available", lambda: True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose_backend(cpu, "triton") == "triton"
+    choose = choose_backend.__wrapped__
+    assert choose(cpu, "triton", True) == "triton"
     for capability, expected in (((7, 5), "none"), ((8, 0), "triton"), ((12, 1), "triton")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert choose_backend(gpu, "") == choose_backend(gpu, "triton") == expected
+        assert choose(gpu, "", False) == choose(gpu, "triton", False) == expected
     monkeypatch.setattr(torch.version, "hip", "7.0")  # whose devices call themselves "cuda" as well
-    assert choose_backend(gpu, "") == "none"
+    assert choose(gpu, "", False) == "none"
 
 
 def test_users_of_transformers_see_what_attention_runs_on():
     logging.info_once.cache_clear()
+    choose_backend.cache_clear()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
@@ -365,6 +365,6 @@ def test_one_query_anywhere(query):
     first, last = torch.zeros_like(where), torch.full_like(where, 8)
     positions = FirePositions(where * 0 + 3, where, index, first, last, consecutive=True, causal=False)
     q, (_, k, v) = torch.randn(1, 4, 1, 8), (x.detach() for x in random_qkv(8, 8, batch=1, dtype=torch.float32))
-    pieces = bias(positions, piecewise=True)
+    pieces = bias(positions, backend="cpu")
     expected = dense_attention(q.double(), k.double(), v.double(), double(pieces), positions, 8**-0.5)[0]
     torch.testing.assert_close(fire_attention(q, k, v, bias, positions).double(), expected, rtol=1e-5, atol=1e-5)

@@ -252,8 +252,8 @@ def test_pieces_are_as_exact_as_float32_holds_them():
     """Large units cancel in their slopes, whose products GPUs may be set to round to ten bits (TF32)."""
     bias = FirePositionBias(12, init_c=1.0, init_L=64 * 2048, train_length=2048)
     positions = FirePositions.arange(4)
-    exact = copy.deepcopy(bias).double()(positions, piecewise=True)
-    pieces = bias(positions, piecewise=True)
+    exact = copy.deepcopy(bias).double()(positions, backend="cpu")
+    pieces = bias(positions, backend="cpu")
     assert_close(pieces.slope, exact.slope, ulps=1)
     assert_close(pieces.offset, exact.offset, ulps=1)
 
@@ -270,7 +270,7 @@ def test_devices_without_float64():
             return result
 
     with Types() as types:
-        FirePositionBias(4).to("meta")(FirePositions.arange(4, "meta"), piecewise=True)
+        FirePositionBias(4).to("meta")(FirePositions.arange(4, "meta"), backend="cpu")
     assert torch.float32 in types.found and torch.float64 not in types.found
 
 

@@ -23,11 +23,11 @@ def test_what_inference_remembers_follows_the_parameters():
     positions = FirePositions.arange(1, past=5)
 
     def pieces(module: FirePositionBias) -> list[torch.Tensor]:
-        found = module(positions, piecewise=True)
+        found = module(positions, backend="cpu")
         return [*found.tensors, found.table]
 
     assert pieces(bias)[1] is pieces(bias)[1], "worked out once"
-    several = bias(FirePositions.arange(3, past=5), piecewise=True)
+    several = bias(FirePositions.arange(3, past=5), backend="cpu")
     assert several.slope is pieces(bias)[1] and several.table is None, "also for several tokens of a step"
     for change in (
         lambda: bias.load_state_dict(other.state_dict()),
@@ -88,7 +88,7 @@ def test_what_a_device_without_cheap_comparisons_remembers(monkeypatch):
         bias.memory["constants"] = "kept"
     bias.c.data.mul_(2)  # shows in no version
     assert bias.remembered() is not None and "constants" in bias.memory
-    bias(FirePositions.arange(2, "meta"), piecewise=True)
+    bias(FirePositions.arange(2, "meta"), backend="cpu")
     assert bias.memory["constants"] != "kept", "a text that begins is read anew"
     bias.eval()
     assert "constants" not in bias.memory
@@ -103,12 +103,12 @@ def test_threads_share_what_inference_remembers():
     bias = FirePositionBias(2, init_L=9.0).eval()
     calls = FirePositions.arange(5), FirePositions.arange(1, past=5), FirePositions.arange(1, past=20)
     with torch.no_grad():
-        expected = [bias(positions, piecewise=True).slope for positions in calls]
+        expected = [bias(positions, backend="cpu").slope for positions in calls]
 
     @torch.no_grad()
     def work(number: int) -> bool:
         turns = [(number + turn) % 3 for turn in range(300)]
-        return all(torch.equal(bias(calls[turn], piecewise=True).slope, expected[turn]) for turn in turns)
+        return all(torch.equal(bias(calls[turn], backend="cpu").slope, expected[turn]) for turn in turns)
 
     before = sys.getswitchinterval()
     try:
@@ -147,14 +147,14 @@ def test_one_token_by_the_table_of_inference(name, kv_heads, dtype, monkeypatch)
     bias = FirePositionBias(4, init_L=9.0, init_f="uniform").eval()
     query, key, value = (torch.randn(2, heads, n, 8) for heads, n in ((4, 1), (kv_heads, 7), (kv_heads, 7)))
     expected = dense_attention(
-        query, key, value, copy.deepcopy(bias).train()(positions, piecewise=True), positions, 0.3
+        query, key, value, copy.deepcopy(bias).train()(positions, backend="cpu"), positions, 0.3
     )
 
     def decode(*args):
         served.append(cpu_fire.decode(*args))
         return served[-1]
 
-    monkeypatch.setattr(operator_fire, "decode", decode)
+    monkeypatch.setattr(operator_fire, "cpu_decode", decode)
     actual = fire_attention(*(x.to(dtype) for x in (query, key, value)), bias, positions, scaling=0.3)
     tolerance = 1e-6 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(actual.double(), expected[0].double(), rtol=tolerance, atol=tolerance)
@@ -164,12 +164,12 @@ def test_one_token_by_the_table_of_inference(name, kv_heads, dtype, monkeypatch)
 @torch.no_grad()
 def test_the_table_of_inference_is_the_dense_bias():
     bias = FirePositionBias(2, init_L=9.0).double().eval()
-    table = bias(FirePositions.arange(1, past=5), piecewise=True).table
+    table = bias(FirePositions.arange(1, past=5), backend="cpu").table
     torch.testing.assert_close(table[:, -6:], bias(FirePositions.arange(1, past=5))[0, :, 0], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
 def test_what_inference_remembers_is_not_saved():
     bias = FirePositionBias(2, init_L=9.0).eval()
-    bias(FirePositions.arange(1, past=5), piecewise=True)
+    bias(FirePositions.arange(1, past=5), backend="cpu")
     assert bias.memory and not copy.deepcopy(bias).memory

@@ -1,20 +1,25 @@
 """The Triton kernels beside a cache: decoding, static caches, and requests side by side."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
-from layouts import scattered
+from layouts import padded, scattered
 from reference import random_bias
 from triton_checks import (
+    DEVICE,
     NAMES,
     check,
     fused,
     random_inputs,
     small_tiles,  # noqa: F401
+    to_device,
     triton_fire,
 )
 
+from modeling_fire import FirePositionBias
+from modeling_fire.attention_fire import fire_attention
 from modeling_fire.positions_fire import FirePositions
 
 
@@ -65,6 +70,44 @@ def test_decoding(queries, splits, monkeypatch):
     check(positions, bias._replace(c=torch.tensor([0.1, 0.2, 0.3, 0.4])), heads=4, kv_heads=2, batch=2)
     window = positions._replace(first=(last - 20).clamp(min=0))
     check(window, bias._replace(transform="power", row_scale=0.3 * bias.row_scale), heads=4, kv_heads=2, batch=2)
+
+
+TOKENS = {
+    "before L": FirePositions.arange(1, past=15),
+    "at L": FirePositions.arange(1, past=20),
+    "past L": FirePositions.arange(1, past=50),
+    "one before it, one past it": padded([0, 13], 31).block(30, 31, 31),
+    "room after it": FirePositions.arange(40).block(25, 26, 40),
+    "anywhere": scattered(40).block(39, 40, 40),
+    "a million": FirePositions.arange(1, past=30)._replace(absolute=torch.tensor([[10**6]])),
+}
+VARIANTS = {
+    "log": {},
+    "power": {"transform": "power"},
+    "identity": {"transform": "identity"},
+    "no threshold": {"threshold": False},
+    "no progress": {"progressive": False},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", TOKENS)
+def test_one_token_at_a_time(name, variant, monkeypatch):
+    """Beside the operator, with a normaliser that the kernel works out."""
+    monkeypatch.setenv("FIRE_BACKEND", "triton")
+    torch.manual_seed(0)
+    bias = FirePositionBias(4, init_L=20.0, init_f="uniform", **VARIANTS[variant]).eval()
+    positions, inputs = TOKENS[name], random_inputs(TOKENS[name], heads=4, kv_heads=2, batch=2)[:3]
+    query, key, value = (tensor.double() for tensor in inputs)
+    scores = query @ key.repeat_interleave(2, 1).mT * 0.3 + copy.deepcopy(bias).double()(positions)
+    expected = scores.masked_fill(~positions.mask(), -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
+    bias, positions, inputs = bias.to(DEVICE), to_device(positions), [tensor.to(DEVICE) for tensor in inputs]
+    with mock.patch.object(triton_fire, "decode_token", wraps=triton_fire.decode_token) as decode:
+        actual = [fire_attention(*inputs, bias, positions, scaling=0.3) for _ in range(2)]
+    assert decode.call_count == (0 if variant == "no progress" else 2)
+    torch.testing.assert_close(actual[0].cpu().double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(*actual)
 
 
 @pytest.mark.parametrize("keys_per_query", [8, 100])
