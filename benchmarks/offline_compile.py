@@ -43,6 +43,7 @@ KERNELS = {
     "query": _query_gradient_kernel,
     "key": _key_gradient_kernel,
     "decode": _decode_kernel,
+    "token": _decode_kernel,
     "plan": _plan_kernel,
     "delta": _delta_kernel,
     "combine": _combine_kernel,
@@ -72,7 +73,7 @@ FORMS = {
     "kerple-p": Form("power", 0, c_per_head=True),
     "none": Form("none", 0),
 }
-LOOPING = ("forward", "query", "key", "decode")
+LOOPING = ("forward", "query", "key", "decode", "token")
 
 
 class Case(NamedTuple):
@@ -113,7 +114,9 @@ def shipped_cases(arch: int) -> Iterator[Case]:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for form, (name, dtype), kernel, head_dim in product(FORMS, types.items(), LOOPING, HEAD_DIMS):
         heavy = is_heavy(FORMS[form].transform, not FORMS[form].general, FORMS[form].c_per_head)
-        yield Case(arch, form, kernel, name, head_dim, block_sizes(kernel, dtype, head_dim, arch // 10, heavy))
+        sizes = block_sizes("decode" if kernel == "token" else kernel, dtype, head_dim, arch // 10, heavy)
+        if kernel != "token" or FORMS[form].knots:
+            yield Case(arch, form, kernel, name, head_dim, sizes)
     for form in FORMS:
         yield Case(arch, form, "plan", "bf16", 64, Blocks(128, 64, 4, 1))
     for kernel in ("delta", "combine"):
@@ -141,7 +144,7 @@ def compile_case(case: Case) -> Any:
     }
     if not form.general:
         constants |= {"KEYS": None, "VISIBLE": None}
-    if not form.knots:
+    if case.kernel == "decode":
         constants |= {"ABSOLUTE": None}
     if case.dtype == "fp32" or form.transform == "none":
         constants |= {"EXCESS": None, "GRID": None}
@@ -255,7 +258,7 @@ def fault(case: Case, code: Code) -> str:
 def describe(case: Case, code: Code) -> str:
     """One line of the table."""
     elements = case.blocks.rows * case.blocks.columns / (32 * case.blocks.warps)
-    if case.kernel == "decode":
+    if case.kernel in ("decode", "token"):
         elements = GROUP_BLOCK * case.blocks.columns / (32 * case.blocks.warps)
     loops = []
     for loop in code.hot_loops:

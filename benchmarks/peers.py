@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from modeling_fire import FirePositionBias, FirePositions, fire_attention
 from modeling_fire.attention_fire import piecewise_bias
-from modeling_fire.operator_fire import fused_attention
+from modeling_fire.operator_fire import backend_name, fused_attention
 
 
 def fire(query, key, value, bias: FirePositionBias) -> torch.Tensor:
@@ -25,7 +25,7 @@ def fire(query, key, value, bias: FirePositionBias) -> torch.Tensor:
 def fire_without_bias(query, key, value, bias) -> torch.Tensor:
     """The fused path with a bias of nought."""
     positions = FirePositions.arange(query.shape[2], query.device)
-    pieces = piecewise_bias(None, None, positions, query)
+    pieces = piecewise_bias(None, None, positions, query, backend_name(query))
     return fused_attention(query, key, value, pieces, positions, query.shape[-1] ** -0.5)
 
 
@@ -115,7 +115,7 @@ def add_hinges(pieces, reached: slice) -> Callable:
 @torch.no_grad()
 def reached_knots(bias: FirePositionBias, length: int, device: torch.device) -> slice | None:
     """The knots that some distance reaches; `None` if no query is past L. Read once: each time would be a wait."""
-    pieces = bias(FirePositions.arange(length, device), backend="cpu")
+    pieces = bias(FirePositions.arange(length, device), backend="triton")
     if bool(pieces.shared.all()):
         return None
     return slice(int((pieces.knots <= 0).sum()), int((pieces.knots < 1).sum()))
@@ -126,7 +126,7 @@ def flex(query, key, value, bias: FirePositionBias, learns: bool = True) -> torc
     length, device = query.shape[2], query.device
     reached = reached_knots(bias, length, device)
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        pieces = bias(FirePositions.arange(length, device), backend="cpu")
+        pieces = bias(FirePositions.arange(length, device), backend="triton")
         add = add_from_table(pieces) if reached is None else add_hinges(pieces, reached)
     return compiled_flex(query, key, value, score_mod=add, block_mask=causal_blocks(length, device))
 

@@ -64,14 +64,14 @@ def dense_bias(
 
 
 def piecewise_bias(
-    module: Any, position_bias: PositionBias | None, positions: FirePositions, query: torch.Tensor
+    module: Any, position_bias: PositionBias | None, positions: FirePositions, query: torch.Tensor, backend: str
 ) -> PiecewiseBias:
-    """The pieces of the heads that `query` holds, on the device of `query`."""
+    """The pieces of the heads that `query` holds, on the device of `query`, for a backend."""
     num_heads = query.shape[1]
     if position_bias is None:
         dtype = torch.promote_types(query.dtype, torch.float32)
         return PiecewiseBias.straight(query.new_zeros(num_heads, dtype=dtype), "none", positions.query)
-    bias = position_bias(positions, backend_name(query))
+    bias = position_bias(positions, backend)
     if bias.slope.device != query.device:
         bias = bias.to(query.device)
     if bias.slope.shape[0] == num_heads:
@@ -148,7 +148,7 @@ def sdpa_attention(
     if position_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # Continuous batching, the keys of all requests in a row: its mask says what the positions do.
-    if "read_index" in kwargs and can_fuse(module, query, None, positions, position_bias, **kwargs):
+    if "read_index" in kwargs and fused_backend(module, query, None, positions, position_bias, **kwargs) != "none":
         return fire_attention_forward(module, query, key, value, None, positions, position_bias, kwargs["scaling"])
 
     from_positions = attention_mask is None and positions.first is not None
@@ -199,7 +199,7 @@ def causal_rows(start: int, stop: int, device: torch.device) -> torch.Tensor:
     return (keys[start:, None] >= keys)[None, None]
 
 
-def can_fuse(
+def fused_backend(
     module: Any,
     query: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -207,12 +207,12 @@ def can_fuse(
     position_bias: PositionBias | None,
     dropout: float = 0.0,
     **kwargs,
-) -> bool:
-    """Whether the fused path can do this call, and exactly."""
+) -> str:
+    """The backend that can do this call, and exactly; `"none"` if the fused path cannot."""
     fits = position_bias is None or position_bias.is_piecewise
-    if not fits or attention_mask is not None:
-        return False
-    return positions.first is not None and not (dropout and module.training) and backend_name(query) != "none"
+    if not fits or attention_mask is not None or positions.first is None or (dropout and module.training):
+        return "none"
+    return backend_name(query)
 
 
 def is_autocast_enabled(device: torch.device) -> bool:
@@ -244,7 +244,8 @@ def fire_attention_forward(
             module, query, key, value, attention_mask, scaling, positions, position_bias, dropout
         )
         return plain[0], None
-    if not can_fuse(module, query, attention_mask, positions, position_bias, dropout):
+    backend = fused_backend(module, query, attention_mask, positions, position_bias, dropout)
+    if backend == "none":
         if not torch.compiler.is_compiling():
             logger.info_once(
                 "FIRE: some attention takes the general path, blocks of queries through PyTorch's: it has dropout, a "
@@ -256,7 +257,7 @@ def fire_attention_forward(
         )  # fmt: skip
     if kwargs.get("output_attentions"):
         logger.warning_once("`output_attentions=True` needs `attn_implementation='eager'`: 'fire' has no attentions.")
-    bias = piecewise_bias(module, position_bias, positions, query)
+    bias = piecewise_bias(module, position_bias, positions, query, backend)
     if is_autocast_enabled(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

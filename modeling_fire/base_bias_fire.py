@@ -18,6 +18,11 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_observed() -> bool:
+    """Whether operators are not only executed, but compiled, traced, counted or without values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class PositionBias(nn.Module):
     """
     Base of the position biases. A subclass implements `compute`; this class sees to its precision.

@@ -36,11 +36,10 @@ NAMESPACE = re.sub(r"\W", "_", __package__ or "fire")
 
 
 class Backend(NamedTuple):
-    """The two functions behind the operators, and one for a token at a time beside them; see [`PiecewiseBias`]."""
+    """The two functions behind the operators."""
 
     forward: Callable
     backward: Callable
-    decode: Callable
 
 
 @cache
@@ -77,15 +76,15 @@ def choose_backend(device: torch.device, forced: str, interpreted: bool) -> str:
 
 
 @torch.compiler.assume_constant_result
-def device_backend(device: torch.device) -> str:
-    """[`choose_backend`] by the environment variables."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    return choose_backend(device, os.environ.get("FIRE_BACKEND", ""), interpreted)
+def constant_backend(device: torch.device, forced: str, interpreted: bool) -> str:
+    """[`choose_backend`], which Dynamo would look into: it does not respect a cache."""
+    return choose_backend(device, forced, interpreted)
 
 
 def backend_name(query: torch.Tensor) -> str:
     """The backend for tensors like `query`; see [`choose_backend`]."""
-    name = device_backend(query.device)
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
+    name = constant_backend(query.device, os.environ.get("FIRE_BACKEND", ""), interpreted)
     if name == "triton" and (query.shape[-1] > MAX_HEAD_DIM or query.dtype == torch.float64):
         return "none"
     return name
@@ -94,10 +93,10 @@ def backend_name(query: torch.Tensor) -> str:
 def load_backend(query: torch.Tensor) -> Backend:
     """The functions of the backend for tensors like `query`."""
     if backend_name(query) == "triton":
-        from .triton_fire import backward, decode_token, forward
+        from .triton_fire import backward, forward
 
-        return Backend(forward, backward, decode_token)
-    return Backend(cpu_forward, cpu_backward, cpu_decode)
+        return Backend(forward, backward)
+    return Backend(cpu_forward, cpu_backward)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -226,8 +225,12 @@ def fused_attention(
     scaling: float,
 ) -> torch.Tensor:
     """Attention of shape `(batch, heads, queries, head_dim)`, where [`backend_name`] names one."""
-    if bias.table is not None or bias.eps is not None:
-        output = load_backend(query).decode(query, key, value, bias, positions, scaling)
+    if bias.eps is not None:
+        from .triton_fire import decode_token
+
+        return decode_token(query, key, value, bias, positions, scaling)
+    if bias.table is not None:
+        output = cpu_decode(query, key, value, bias, positions, scaling)
         if output is not None:
             return output
     # `torch.func.jvp` would take the operator for a constant.

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
-from .base_bias_fire import PositionBias, in_function_transform
+from .base_bias_fire import PositionBias, in_function_transform, is_observed
 from .linear_fire import Float32Linear, decay_start, hinge_start, parameter_dtype, pass_on_start, uniform_start
 from .other_biases_fire import (
     AlibiPositionBias,
@@ -274,7 +274,7 @@ class FirePositionBias(PositionBias):
         What inference has kept of the present parameters; `None` where it is not inference, or where parameters cannot
         be watched. Replaced whole when they change: other threads may be using what was kept.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_function_transform():
+        if self.training or torch.is_grad_enabled() or in_function_transform() or is_observed():
             return None
         if forward_ad._current_level >= 0:
             return None  # parameters may have tangents
@@ -289,7 +289,7 @@ class FirePositionBias(PositionBias):
         device = self.init_L.device
         on_cpu = device.type == "cpu"
         if not on_cpu and is_cuda_stream_capturing():
-            return None  # a CUDA graph keeps the addresses of tensors, not the tensors
+            return {}  # a CUDA graph keeps the addresses of tensors, not the tensors: it works them out itself
         state = [self.eps, self.transform, self.progressive, self.threshold, device]
         for tensor in watched:
             # Offloaded weights are elsewhere until their layer is called.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import dense_attention, double, random_bias
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -354,6 +355,37 @@ def test_flops_are_counted_as_those_of_attention():
     products = 2 * 2 * 4 * 9 * 9 * 8
     counted = counter.get_flop_counts()["Global"]
     assert {flops for op, flops in counted.items() if "attention" in str(op)} == {2 * products, 5 * products}
+
+
+@torch.no_grad()
+def test_a_token_goes_beside_the_operator_only_where_nobody_looks_at_operators(backend):
+    bias = FirePositionBias(4, init_L=5.0).eval().requires_grad_(False)
+    inputs = [x.detach() for x in random_qkv(1, 9, dtype=torch.float32)]
+    expected = fire_attention(*inputs, bias)
+    with FlopCounterMode(display=False) as counter:
+        fire_attention(*inputs, bias)
+    counted = counter.get_flop_counts()["Global"]
+    assert {flops for op, flops in counted.items() if "attention" in str(op)} == {2 * 2 * 2 * 4 * 9 * 8}
+    traced = torch.jit.trace(lambda *inputs: fire_attention(*inputs, bias), tuple(inputs))
+    assert "::attention" in str(traced.graph)
+    torch.testing.assert_close(traced(*inputs), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fire_attention(*map(mode.from_tensor, inputs), bias).shape == expected.shape
+
+
+def test_compiled_code_follows_the_choice_of_a_backend(monkeypatch):
+    bias, inputs, found = FirePositionBias(4, init_L=5.0), random_qkv(9, 9, dtype=torch.float32), []
+
+    def capture(graph, _):
+        found.append("::attention" in str(graph.graph) or "modeling_fire.attention" in str(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: fire_attention(*inputs, bias), backend=capture)
+    for name in ("cpu", "none"):
+        monkeypatch.setenv("FIRE_BACKEND", name)
+        compiled(*inputs)
+    assert found == [True, False]
 
 
 @torch.no_grad()

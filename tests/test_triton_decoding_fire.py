@@ -110,6 +110,24 @@ def test_one_token_at_a_time(name, variant, monkeypatch):
     assert torch.equal(*actual)
 
 
+@torch.no_grad()
+def test_a_graph_captures_the_kernels_that_ran_before_it(monkeypatch):
+    """A kernel of another kind would have to be loaded, which a capture does not allow."""
+    monkeypatch.setenv("FIRE_BACKEND", "triton")
+    bias = FirePositionBias(4, init_L=20.0).to(DEVICE).eval()
+    inputs = [x.to(DEVICE) for x in random_inputs(TOKENS["past L"], heads=4)[:3]]
+
+    def launch() -> list[tuple]:
+        with mock.patch.object(triton_fire, "_decode_kernel", mock.MagicMock()) as kernel:
+            fire_attention(*inputs, bias)
+        (call,) = kernel.__getitem__.return_value.call_args_list
+        return [x.dtype if isinstance(x, torch.Tensor) else x for x in call.args]
+
+    warm = launch()
+    monkeypatch.setattr(FirePositionBias, "remembered", lambda self: {})  # as during a capture
+    assert launch() == warm
+
+
 @pytest.mark.parametrize("keys_per_query", [8, 100])
 def test_requests_side_by_side(keys_per_query, monkeypatch):
     """Continuous batching: each query sees the keys of its own request, or it is one of several of a request."""

@@ -57,9 +57,8 @@ class CalibrationOptions:
             How many of the text to calibrate on, at most. The alignment of a layer sees each of them once, up to 2048
             at a time; the fit some of them, `length` at a time.
         length (`int`, *optional*):
-            Of a window, in tokens: the training length of the original, but no more than 8192, if not given. At
-            distances beyond it `f` falls like `-log(distance)`; beyond the training length the original is no model
-            to follow.
+            Of a window, in tokens: the training length of the original, but no more than 8192, if not given. Beyond
+            it `f` falls about like `-log(distance)`; beyond the training length the original is no model to follow.
         align (`bool`, *optional*):
             Whether to align, after the fit; if not given, where windows have no more than 2048 tokens. Longer ones are
             aligned in parts, which undid some of the fit where it was measured.

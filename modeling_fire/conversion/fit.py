@@ -46,7 +46,7 @@ def fit(
     positions: FirePositions,
 ) -> torch.Tensor:
     """
-    Sets the output layer of `f`, and turns and scales the queries.
+    Sets the output layer of `f`, and turns and scales the queries. Beyond the windows, `f` is [`decline_beyond`].
 
     Args:
         attention ([`FireAttention`]): as the original has it, with an `f` of 0. Changed in place.
@@ -109,10 +109,13 @@ def decline_beyond(bias: FirePositionBias, length: int) -> None:
     """
     Adds `-log(distance)` to `f`, from the first knot at `length` tokens or more on; what is nearer stays as it was. No
     text decides there. With an `f` that stayed constant, far keys would weigh the more the more of them there are; so,
-    each doubling of the distance weighs as much as the one before.
+    each doubling of the distance weighs about as much as the one before. Does nothing where the last knot is nearer:
+    there the last line of `f` is one of those that were fitted.
 
     Args:
-        bias ([`FirePositionBias`]): whose first unit rises from distance 0; the others fall, each down to its knot.
+        bias ([`FirePositionBias`]):
+            With a logarithmic `psi` and a threshold. Its first unit rises from distance 0; the others fall, each down
+            to its knot, in ascending order.
         length (`int`): that `f` was fitted at.
     """
     layers: Any = bias.mlp
@@ -120,7 +123,9 @@ def decline_beyond(bias: FirePositionBias, length: int) -> None:
     slope, knots = hidden.weight[:, 0], -hidden.bias / hidden.weight[:, 0]
     normalizer = bias.normalizer(slope.new_zeros(1))
     at_length = bias.psi(slope.new_tensor(length)) / normalizer * (1 - 1e-4)
-    unit = int((knots < at_length).sum().clamp(max=len(knots) - 1))
+    unit = int((knots < at_length).sum())
+    if unit == len(knots):
+        return
     # Together the two units are `max(x, knot)` and a constant.
     output.weight[:, 0] -= normalizer / slope[0]
     output.weight[:, unit] += normalizer / slope[unit]
