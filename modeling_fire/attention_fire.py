@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
-from .base_bias_fire import PositionBias, in_function_transform
+from .base_bias_fire import PositionBias, in_function_transform, is_observed
 from .operator_fire import backend_name, fused_attention
 from .piecewise_fire import PiecewiseBias
 from .positions_fire import FirePositions
@@ -330,6 +330,9 @@ def fire_attention(
     elif cu_seqlens is not None:
         if not causal or window is not None or queries != keys:
             raise ValueError("`cu_seqlens` is for causal self-attention without a window: use `positions`.")
+        # To look on a GPU would be to wait for it.
+        if cu_seqlens.device.type == "cpu" and not is_observed() and cu_seqlens[[0, -1]].tolist() != [0, keys]:
+            raise ValueError(f"`cu_seqlens` must begin with 0 and end with {keys}, the number of keys: {cu_seqlens}.")
         positions = FirePositions.packed(cu_seqlens, keys)
     else:
         if queries > keys:

@@ -14,3 +14,7 @@ class FireError(ValueError):
 
 class TextError(FireError):
     """A text that cannot be read, or that does not fit the model."""
+
+
+class EvaluationError(FireError):
+    """What cannot be evaluated."""

@@ -22,7 +22,7 @@ def uniform_start(shape: torch.Size, device: torch.device) -> tuple[torch.Tensor
     return draw[:, :-1], draw[:, -1]
 
 
-# The start of `f` as decaying curves, `f_h(x) = -d ** r_h`, all heads different: some near-sighted, others not.
+# The start of `f` as decaying curves, `f_h(x) = -d ** r_h` up to `STEEPEST`, all heads different: some near-sighted.
 #
 # Unit 0 of the hidden layer is `psi(d)` itself. The other units are hinges `max(0, k - psi(d))` that open towards
 # *short* distances, with `k` spread evenly over those of training. So training is free to shape the bias over the

@@ -262,18 +262,15 @@ class FireModel(FirePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        starts: Any = kwargs.get("cu_seq_lens_k")
-        packed = None if isinstance(starts, dict) else kwargs.get("cu_seq_lens_q")
-        if packed is not None and position_ids is None:
-            packed = packed.to(inputs_embeds.device)
-            position_ids = FirePositions.packed(packed, inputs_embeds.shape[1]).absolute  # type: ignore[assignment]
-
         # Once for all layers, and before a new cache is made: packed documents are recognised only without one.
-        if isinstance(starts, dict):  # continuous batching
-            positions = paged_positions(
-                position_ids, kwargs["cu_seq_lens_q"], starts["full_attention"], attention_mask
-            )
+        queries: Any = kwargs.get("cu_seq_lens_q")
+        keys: Any = kwargs.get("cu_seq_lens_k")
+        if isinstance(keys, dict):  # continuous batching
+            positions = paged_positions(position_ids, queries, keys["full_attention"], attention_mask)
         else:
+            if queries is not None and position_ids is None:
+                packed = FirePositions.packed(queries.to(inputs_embeds.device), inputs_embeds.shape[1])
+                position_ids = packed.absolute  # type: ignore[assignment]
             # A pipeline stage has not the first layers; all that it has have seen the same tokens.
             layer_idx = next((i for i, layer in enumerate(self.layers) if isinstance(layer, FireDecoderLayer)), 0)
             positions = token_positions(
@@ -397,8 +394,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
                 bias.prepare()
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for bias in self.biases():
-                bias.prepared = None
+            self.forget()
 
     def biases(self) -> Iterator[FirePositionBias]:
         return (module for module in self.modules() if isinstance(module, FirePositionBias))
@@ -406,7 +402,7 @@ class FireForCausalLM(FirePreTrainedModel, GenerationMixin):
     def forget(self) -> None:
         """Drops what the biases remember of earlier steps of generation."""
         for bias in self.biases():
-            bias.memory = {}
+            bias.memory, bias.prepared = {}, None
 
     def init_continuous_batching(self, *args, **kwargs):
         """

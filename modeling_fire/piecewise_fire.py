@@ -53,7 +53,7 @@ class PiecewiseBias(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All but `table`."""
+        """The tensors that every bias has, in the order in which the operator takes them."""
         return self[:6]
 
     @classmethod

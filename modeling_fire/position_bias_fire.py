@@ -57,8 +57,8 @@ class FirePositionBias(PositionBias):
         threshold (`bool`, *optional*, defaults to `True`):
             Whether there is an `L` below which distances keep their scale. If not, the normaliser is `psi(i)`.
         init_f (`str`, *optional*, defaults to `"decay"`):
-            How `f` starts: `"decay"` as `-d ** r`, with `r` from 1.5 in the first head to 0.3 in the last, or
-            `"uniform"` like any `nn.Linear`, as in public code.
+            How `f` starts: `"decay"` about as `-d ** r`, with `r` from 1.5 in the first head to 0.3 in the last, and
+            no steeper than `-64 log(d)`; or `"uniform"` like any `nn.Linear`, as in public code.
         train_length (`int`, *optional*, defaults to 2048): length of the training texts in tokens, for `"decay"`.
     """
 
@@ -89,6 +89,12 @@ class FirePositionBias(PositionBias):
             raise ValueError(f"`init_f` must be 'decay' or 'uniform', got {init_f!r}.")
         if mlp_depth not in (1, 2):
             raise ValueError(f"`mlp_depth` must be 1 or 2, got {mlp_depth}.")
+        for name, size in (("mlp_width", mlp_width), ("train_length", train_length)):
+            if size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        for name, number in (("init_c", init_c), ("init_L", init_L), ("eps", eps)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {number}.")
         self.eps, self.transform = eps, transform
         self.progressive, self.threshold = progressive, threshold
         self.hidden_width = mlp_width
@@ -209,8 +215,11 @@ class FirePositionBias(PositionBias):
             return None
         pieces = memory.get("table")
         if pieces is None or pieces.table.shape[1] < num_keys:
-            # Room for twice as many keys before it has to be computed again.
-            table = self.table(2 ** num_keys.bit_length(), knots, slope, offset, c, scale)
+            # Room for twice as many keys before it has to be computed again: of the distances `size - 1, ..., 0`.
+            size = 2 ** num_keys.bit_length()
+            x = psi(torch.arange(size - 1, -1, -1, dtype=c.dtype), c, self.transform) * scale
+            segments = torch.bucketize(x, knots)
+            table = slope[:, segments] * x + offset[:, segments]
             row_scale, shared = scale[None], torch.ones_like(scale[None], dtype=torch.bool)
             pieces = PiecewiseBias(knots, slope, offset, c, row_scale, shared, self.transform, table)
             memory["table"] = pieces
@@ -255,20 +264,6 @@ class FirePositionBias(PositionBias):
             scale = slope.new_ones(1)
         return knots, slope, offset, c, length, scale
 
-    def table(
-        self,
-        size: int,
-        knots: torch.Tensor,
-        slope: torch.Tensor,
-        offset: torch.Tensor,
-        c: torch.Tensor,
-        scale: torch.Tensor,
-    ) -> torch.Tensor:
-        """The bias of the queries before `L` at the distances `size - 1, ..., 0`: `(num_heads, size)`."""
-        x = psi(torch.arange(size - 1, -1, -1, dtype=c.dtype, device=c.device), c, self.transform) * scale
-        segments = torch.bucketize(x, knots)
-        return slope[:, segments] * x + offset[:, segments]
-
     def remembered(self) -> dict | None:
         """
         What inference has kept of the present parameters; `None` where it is not inference, or where parameters cannot
@@ -289,8 +284,10 @@ class FirePositionBias(PositionBias):
         device = self.init_L.device
         on_cpu = device.type == "cpu"
         if not on_cpu and is_cuda_stream_capturing():
-            return {}  # a CUDA graph keeps the addresses of tensors, not the tensors: it works them out itself
+            return {}  # a CUDA graph would replay the address of a tensor that is gone: it works all out itself
         state = [self.eps, self.transform, self.progressive, self.threshold, device]
+        if device.type == "cuda":  # another stream does not wait until it is worked out
+            state.append(torch.cuda.current_stream(device).cuda_stream)
         for tensor in watched:
             # Offloaded weights are elsewhere until their layer is called.
             if isinstance(tensor, DTensor) or tensor.is_inference() or tensor.device != device:

@@ -86,16 +86,13 @@ class FirePositions(NamedTuple):
 
     def block(self, start: int, stop: int, num_keys: int) -> "FirePositions":
         """The queries from `start` to `stop` beside the first `num_keys` keys."""
-        return FirePositions(
-            self.absolute[:, start:stop],
-            self.query[:, start:stop],
-            self.key[:, :num_keys],
-            None if self.first is None else self.first[:, start:stop],
-            None if self.last is None else self.last[:, start:stop].clamp(max=num_keys),
-            None if self.visible is None else self.visible[:, :num_keys],
-            self.consecutive,
-            self.causal,
-            self.separate,
+        return self._replace(
+            absolute=self.absolute[:, start:stop],
+            query=self.query[:, start:stop],
+            key=self.key[:, :num_keys],
+            first=None if self.first is None else self.first[:, start:stop],
+            last=None if self.last is None else self.last[:, start:stop].clamp(max=num_keys),
+            visible=None if self.visible is None else self.visible[:, :num_keys],
         )
 
     def check(self, batch: int, queries: int, keys: int) -> None:

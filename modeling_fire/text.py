@@ -15,6 +15,8 @@ from .errors import TextError
 COLUMN = "text"
 # Of a token, on the average; ten times what is usual.
 MAX_CHARACTERS = 50
+# What `datasets` raises for what is missing, broken, empty, or no dataset.
+READING_ERRORS = (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, TypeError, ValueError)
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -55,8 +57,7 @@ def read_texts(source: str | Sequence[str]) -> Iterator[str]:
             yield row[COLUMN]
     except TextError:
         raise
-    # What `datasets` raises for what is missing, broken, empty, or no dataset.
-    except (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, ValueError) as error:
+    except READING_ERRORS as error:
         raise TextError(f"{source} cannot be read as a file or a dataset: {error}") from error
 
 

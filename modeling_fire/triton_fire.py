@@ -189,7 +189,7 @@ def constants(query: torch.Tensor, bias: PiecewiseBias, positions: FirePositions
 
 
 class Plan(NamedTuple):
-    """What `_plan_kernel` stores, and how many row blocks, sequences and heads it distinguishes."""
+    """What `_plan_kernel` stores, and how many row blocks and sequences it distinguishes."""
 
     tensors: tuple[torch.Tensor, ...]
     blocks: int

@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 BEYOND = tl.constexpr(1 << 29)
 # A score of nobody: finite, so that a row that has seen nothing yet subtracts it without NaN.
 LOWEST = tl.constexpr(-1e30)
-# Fields of the plan of a row block.
+# Fields of the plan of a row block, and how many numbers it takes, two of them unused.
 BEGIN, END, FULL_BEGIN, FULL_END, LAST_FAR, PRECISE, FIELDS = (tl.constexpr(n) for n in (0, 1, 2, 3, 4, 5, 8))
 
 

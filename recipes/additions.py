@@ -17,7 +17,7 @@ class LogScaled(PositionBias):
 
     def __init__(self, bias: FirePositionBias, length: int):
         super().__init__()
-        self.bias, self.length = bias, length
+        self.bias, self.length, self.hidden_width = bias, length, bias.hidden_width
 
     def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:
         scale = log_scale(positions.absolute.to(dtype), self.length)
@@ -29,7 +29,7 @@ class WithLine(PositionBias):
 
     def __init__(self, bias: FirePositionBias, num_heads: int):
         super().__init__()
-        self.bias = bias
+        self.bias, self.hidden_width = bias, bias.hidden_width
         self.r = nn.Parameter(torch.zeros(num_heads))
 
     def compute(self, positions: FirePositions, dtype: torch.dtype) -> torch.Tensor:

@@ -10,8 +10,10 @@ from classify_tasks import TASKS
 from datasets import Dataset
 from pretrained import open_pretrained
 from settings import SettingsError
-from sources import READING_ERRORS, open_rows
+from sources import open_rows
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from modeling_fire.text import READING_ERRORS
 
 
 @dataclass

@@ -10,8 +10,9 @@ from questions import Example
 from settings import SettingsError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from modeling_fire.borrowed import plain_generation
 from modeling_fire.text import MAX_CHARACTERS
 
 
@@ -126,10 +127,9 @@ def answer(
     """
     tokenizer: Any = prompts.tokenizer
     model.eval()
-    # One that knows only what is said here: a checkpoint may bring its own, with sampling and other end tokens.
-    model.generation_config = GenerationConfig()
     state, texts = PartialState(), []
     with (
+        plain_generation(model),
         state.split_between_processes(examples) as mine,
         tqdm(total=len(mine), desc=f"Answering from {length} tokens", disable=not state.is_main_process) as bar,
     ):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from settings import SettingsError
-from sources import READING_ERRORS, open_rows
+from sources import open_rows
+
+from modeling_fire.text import READING_ERRORS
 
 
 # Tasks of SCROLLS whose inputs have no question before the document.

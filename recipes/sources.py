@@ -8,15 +8,9 @@ from typing import Any
 import datasets
 from corpus import corpus
 from datasets import load_dataset
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HFValidationError
 from settings import SettingsError
 
-from modeling_fire.text import FORMATS
-
-
-# What `datasets` raises for what is missing, broken, empty, or no dataset.
-READING_ERRORS = (DatasetsError, HFValidationError, OSError, RuntimeError, StopIteration, TypeError, ValueError)
+from modeling_fire.text import FORMATS, READING_ERRORS
 
 
 def open_rows(source: str | list[str]) -> tuple[datasets.IterableDataset, dict[str, Any]]:

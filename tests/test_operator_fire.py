@@ -201,6 +201,9 @@ def test_bad_shapes_are_refused():
         fire_attention(query, key, value[..., :4], bias)
     with pytest.raises(ValueError, match="cu_seqlens"):
         fire_attention(query, query, query, bias, cu_seqlens=torch.tensor([0, 9]), window=3)
+    for bounds in ([3, 7], [0, 6]):
+        with pytest.raises(ValueError, match="must begin with 0 and end with 7"):
+            fire_attention(key, key, value, bias, cu_seqlens=torch.tensor(bounds))
     with pytest.raises(ValueError, match="`window` counts the query itself"):
         fire_attention(key, key, value, bias, window=0)
     for heads in (3, 8):

@@ -27,11 +27,14 @@ def test_texts_from_files(tmp_path):
     with pytest.raises(TextError, match="cannot be read as a file or a dataset"):
         list(read_texts(f"{tmp_path / 'dataset'}:nonesuch"))
     assert list(read_texts(documents)) == documents
+    # In another block of the file, a column that nobody asked for has another type.
+    changing = '{"text": "a", "other": {"a": 1}}\n' * 10**6 + '{"text": "a", "other": "b"}\n' * 10
     for name, content, message in (
         ("b", '{"body": "x"}', "a row without a text in its column 'text': {'body': 'x'}"),
         ("c", '{"text": null}', "a row without a text in its column 'text': {'text': None}"),
         ("d", '{"text": "whole"}\n{"text": "bro', "cannot be read as a file or a dataset"),
         ("e", "", "cannot be read as a file or a dataset"),
+        ("f", changing, "cannot be read as a file or a dataset"),
     ):
         (tmp_path / f"{name}.jsonl").write_text(content)
         with pytest.raises(TextError, match=message):

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 from transformers.utils import logging
 
+from ..borrowed import plain_generation
 from .family import ConversionError
 
 
@@ -43,10 +43,8 @@ def sampled_windows(model: Any, length: int, count: int, seed: int, batch_size: 
     start = start_token(model.config)
     device = model.device
     windows = []
-    generation_config = model.generation_config
-    # One that knows no end: a text may end before its window, and another begin.
-    model.generation_config = GenerationConfig()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # Without an end: a text may end before its window, and another begin.
+    with plain_generation(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         batches = torch.full((count, 1), start, device=device).split(batch_size)
         for batch in logging.tqdm(batches, desc="Sampling text", unit=" batches"):
@@ -54,5 +52,4 @@ def sampled_windows(model: Any, length: int, count: int, seed: int, batch_size: 
             windows.append(
                 model.generate(batch, attention_mask=mask, max_length=length, do_sample=True, top_k=0).cpu()
             )
-    model.generation_config = generation_config
     return torch.cat(windows)

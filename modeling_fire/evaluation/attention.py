@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..base_bias_fire import PositionBias
-from ..cache_fire import CACHE
+from ..borrowed import evaluating
+from ..cache_fire import CACHE, named
 from ..modeling_fire import FireAttention
 from ..position_bias_fire import FirePositionBias
 
@@ -115,17 +116,16 @@ def observe_attention(
     def take(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         measured.append(measure(output[1].float()).cpu())
 
-    was_training, implementation = model.training, model.config._attn_implementation
-    model.eval()
+    implementation = model.config._attn_implementation
     input_ids = input_ids.to(model.device)
-    cache = model.base_model(input_ids[:, :start], use_cache=True)[CACHE] if start else None
-    model.set_attn_implementation("eager")  # the only one that returns probabilities
-    hooks = [layer.register_forward_hook(take) for layer in layers]
-    try:
-        model.base_model(input_ids[:, start:], past_key_values=cache, use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(implementation)
-        model.train(was_training)
+    with evaluating(model):
+        cache = model.base_model(input_ids[:, :start], use_cache=True)[CACHE] if start else None
+        model.set_attn_implementation("eager")  # the only one that returns probabilities
+        hooks = [layer.register_forward_hook(take) for layer in layers]
+        try:
+            model.base_model(input_ids[:, start:], use_cache=True, **named(cache))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            model.set_attn_implementation(implementation)
     return torch.stack(measured)

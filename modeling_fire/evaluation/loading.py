@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..errors import EvaluationError
 from ..text import read_texts, token_windows
-from .errors import EvaluationError
 
 
 # What transformers raises for a checkpoint that is missing, broken, of an unknown kind or of another shape.
@@ -113,8 +113,11 @@ def distinct_names(sources: Sequence[str]) -> list[str]:
     parts = [Path(source).resolve().parts if Path(source).is_dir() else (source,) for source in sources]
     if len(set(parts)) < len(parts):
         raise EvaluationError("A model is given twice.")
-    depth = next(depth for depth in itertools.count(1) if len({part[-depth:] for part in parts}) == len(parts))
-    return ["/".join(part[-depth:]) for part in parts]
+    for depth in itertools.count(1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def shared_tokens(text: str, checkpoints: Sequence[Checkpoint], count: int) -> torch.Tensor:

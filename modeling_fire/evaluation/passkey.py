@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..borrowed import evaluating, plain_generation
+
 
 BEGINNING = "Somewhere in this long text the code of a box is hidden. Remember it.\n"
 FILLER = "Rain fell on the hills. The river was slow. A boat went by. Then it was quiet again.\n"
@@ -51,7 +53,10 @@ def passkey_prompt(
         for needle in needles[1:]:
             lines.insert(places.randrange(len(lines) + 1), needle)
         lines.insert(round(depth * len(lines)), needles[0])
-        return tokenizer(BEGINNING + "".join(lines) + question).input_ids
+        tokens = tokenizer(BEGINNING + "".join(lines) + question).input_ids
+        while tokens[-1] in tokenizer.all_special_ids:  # the end of a text, after which nothing is to come
+            tokens.pop()
+        return tokens
 
     def fits(num_lines: int) -> bool:
         places.setstate(state)
@@ -106,11 +111,13 @@ def passkey_accuracy(
     Raises:
         ValueError: if a length has no room for the keys.
     """
-    was_training = model.training
-    model.eval()
     generator = random.Random(seed)
     accuracies: dict[int, dict[float, float]] = {}
-    with tqdm(total=len(lengths) * len(depths) * trials, desc="passkeys", unit="prompt", leave=False) as progress:
+    with (
+        evaluating(model),
+        plain_generation(model),
+        tqdm(total=len(lengths) * len(depths) * trials, desc="passkeys", unit="prompt", leave=False) as progress,
+    ):
         for length in lengths:
             accuracies[length] = {}
             for depth in depths:
@@ -120,7 +127,6 @@ def passkey_accuracy(
                     found += continues(model, tokenizer, ids, code)
                     progress.update()
                 accuracies[length][depth] = found / trials
-    model.train(was_training)
     return accuracies
 
 

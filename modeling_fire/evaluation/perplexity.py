@@ -11,8 +11,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..borrowed import evaluating
 from ..cache_fire import CACHE
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def loss_by_context(
 
     Raises:
         ValueError: if a context is shorter than the targets, or longer than the windows allow.
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a context takes several chunks, and the model returns
+        [`~modeling_fire.errors.EvaluationError`]: if a context takes several chunks, and the model returns
             no KV cache, though it is not recurrent, or a cache that can only be continued one token at a time.
     """
     if min(contexts) < num_targets or max(contexts) >= windows.shape[1]:
@@ -63,14 +64,15 @@ def loss_by_context(
             f"`contexts` must lie between `num_targets` ({num_targets}) and the length of the windows less one "
             f"({windows.shape[1] - 1}), got {contexts}."
         )
-    was_training = model.training
-    model.eval()
     windows = windows.to(model.device)
     targets = windows[:, -num_targets:]
-    if max(contexts) > chunk_size and not rotates_by_length(model):
-        check_chunks(model, windows[0], chunk_size)
     losses: dict[int, list[float]] = {}
-    with tqdm(total=len(contexts) * len(windows), desc="evaluating", unit="window", leave=False) as progress:
+    with (
+        evaluating(model),
+        tqdm(total=len(contexts) * len(windows), desc="evaluating", unit="window", leave=False) as progress,
+    ):
+        if max(contexts) > chunk_size and not rotates_by_length(model):
+            check_chunks(model, windows[0], chunk_size)
         for context in sorted(contexts):  # ascending: dynamic NTK does not forget the longest text it has seen
             losses[context] = []
             size = context if rotates_by_length(model) else chunk_size
@@ -79,7 +81,6 @@ def loss_by_context(
                 chunks = losses_in_chunks(model, inputs[:, -context - 1 : -1], labels, size)
                 losses[context] += torch.cat(list(chunks), dim=1).mean(dim=1).tolist()
                 progress.update(len(inputs))
-    model.train(was_training)
     return {context: losses[context] for context in contexts}
 
 
@@ -103,22 +104,22 @@ def loss_by_position(model: PreTrainedModel, windows: torch.Tensor, chunk_size: 
         has `n + 1` tokens before it.
 
     Raises:
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if a window takes several chunks, and the model returns
+        [`~modeling_fire.errors.EvaluationError`]: if a window takes several chunks, and the model returns
             no KV cache, though it is not recurrent, or a cache that can only be continued one token at a time.
     """
-    was_training = model.training
-    model.eval()
-    if windows.shape[1] - 1 > chunk_size and not rotates_by_length(model):
-        check_chunks(model, windows[0].to(model.device), chunk_size)
     losses = torch.empty(len(windows), windows.shape[1] - 1)
-    with tqdm(total=losses.numel(), desc="evaluating", unit="token", leave=False) as progress:
+    with (
+        evaluating(model),
+        tqdm(total=losses.numel(), desc="evaluating", unit="token", leave=False) as progress,
+    ):
+        if windows.shape[1] - 1 > chunk_size and not rotates_by_length(model):
+            check_chunks(model, windows[0].to(model.device), chunk_size)
         for window, loss in zip(windows.to(model.device), losses, strict=True):
             end = 0
             for chunk_loss in losses_in_chunks(model, window[None, :-1], window[None, 1:], chunk_size):
                 start, end = end, end + chunk_loss.shape[1]
                 loss[start:end] = chunk_loss[0]
                 progress.update(end - start)
-    model.train(was_training)
     return losses
 
 
@@ -128,7 +129,7 @@ def check_chunks(model: PreTrainedModel, text: torch.Tensor, chunk_size: int) ->
     of MiniMax goes on one token at a time.
 
     Raises:
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if there is no cache, or the loss is another in chunks.
+        [`~modeling_fire.errors.EvaluationError`]: if there is no cache, or the loss is another in chunks.
     """
     length = min(64, chunk_size)
     inputs, labels = text[None, :length], text[None, 1 : length + 1]
@@ -164,7 +165,7 @@ def losses_in_chunks(
         them. Side by side they are the loss of all labels.
 
     Raises:
-        [`~modeling_fire.evaluation.errors.EvaluationError`]: if there are several chunks, and no KV cache.
+        [`~modeling_fire.errors.EvaluationError`]: if there are several chunks, and no KV cache.
     """
     remaining, num_labels = inputs.shape[1], labels.shape[1]
     chunk_size = remaining if model._is_stateful else chunk_size

@@ -14,8 +14,9 @@ import torch
 
 from ..configuration_fire import FireConfig
 from ..conversion import library_versions
+from ..errors import EvaluationError
 from .attention import attention_by_distance, attention_entropy, learned_scales
-from .loading import Checkpoint, EvaluationError, distinct_names, shared_tokens
+from .loading import Checkpoint, distinct_names, shared_tokens
 from .passkey import has_room, passkey_accuracy
 from .perplexity import bin_positions, loss_by_context, loss_by_position
 from .plots import (
@@ -188,7 +189,6 @@ def plot_model(
         text (`str`, *optional*):
             File or dataset, see [`~modeling_fire.text.read_texts`], in whose first tokens to observe the
             attention of the queries at, and just before, each of the positions.
-
         history (`Path`, *optional*):
             A `trainer_state.json` of [`~modeling_fire.training.FireTrainer`], to draw how `c` and `L` came about.
 

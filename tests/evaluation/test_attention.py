@@ -9,6 +9,7 @@ from modeling_fire import FireModel
 from modeling_fire.evaluation import attention_by_distance, attention_entropy, learned_scales
 
 
+@pytest.mark.filterwarnings("error:.*past_key_values")
 @pytest.mark.parametrize("length, num_queries", [(50, 10), (64, 64), (33, 100), (1, 5)])
 @pytest.mark.parametrize("changes", [{}, {"fire_share_layers": True}, {"position_bias": "none"}], ids=str)
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from modeling_fire import FireModel
 from modeling_fire.cache_fire import CACHE
+from modeling_fire.errors import EvaluationError
 from modeling_fire.evaluation import (
     bin_positions,
     loss_by_context,
@@ -31,7 +32,6 @@ from modeling_fire.evaluation import (
     plot_perplexity_by_context,
     plot_perplexity_by_position,
 )
-from modeling_fire.evaluation.errors import EvaluationError
 
 
 def llama(**changes):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from corpus import byte_tokenizer
+from transformers import GenerationConfig
 
 from modeling_fire.evaluation import passkey_accuracy
 from modeling_fire.evaluation.passkey import NAMES, has_room, passkey_prompt
@@ -51,21 +52,30 @@ def test_there_is_room_where_half_of_the_text_is_filler():
         passkey_prompt(TOKENIZER, shortest - 7, 0.5, 2, random.Random(seed))
 
 
-class Reader:
+def test_a_prompt_does_not_end_the_text():
+    class Ending:
+        all_special_ids = [256]
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[*TOKENIZER(text).input_ids, 256])
+
+    ids, _ = passkey_prompt(Ending(), 400, 0.5, 1, random.Random(0))
+    assert ids == passkey_prompt(TOKENIZER, 400, 0.5, 1, random.Random(0))[0]
+
+
+class Reader(torch.nn.Module):
     """A model that sees only so many of the last tokens, and goes on with the code of the box that is asked for."""
 
-    device, training = torch.device("cpu"), False
+    device = torch.device("cpu")
 
     def __init__(self, sight):
+        super().__init__()
         self.sight = sight
         self.longest = 0
-
-    def eval(self):
-        return self
-
-    train = lambda self, mode: self  # noqa: E731
+        self.generation_config = GenerationConfig(repetition_penalty=2.0)
 
     def generate(self, ids, **kwargs):
+        assert self.generation_config.repetition_penalty is None, "which would forbid to repeat the code"
         text = TOKENIZER.decode(ids[0, -self.sight :])
         found = text.rsplit("The code of the ", 1)[1].split()[0]
         _, _, after = text.partition(f"The code of the {found} box is ")
@@ -89,8 +99,10 @@ def test_one_of_several_keys_is_asked_for():
     assert passkey_accuracy(Reader(sight=3000), TOKENIZER, [2000], [0.5], trials=5, num_keys=4) == {2000: {0.5: 1.0}}
 
 
-def test_settings_come_back(monkeypatch):
-    model = SimpleNamespace(training=True, calls=[])
-    model.eval, model.train = (lambda: model.calls.append("eval")), model.calls.append
-    passkey_accuracy(model, TOKENIZER, [], [])
-    assert model.calls == ["eval", True]
+def test_settings_come_back():
+    model = Reader(sight=700)
+    model.frozen = torch.nn.Dropout().eval()
+    passkey_accuracy(model, TOKENIZER, [500], [0.5], trials=1)
+    with pytest.raises(ValueError, match="have no room"):
+        passkey_accuracy(model, TOKENIZER, [100], [0.5], trials=1)
+    assert model.training and not model.frozen.training and model.generation_config.repetition_penalty == 2.0

@@ -20,9 +20,9 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from modeling_fire.errors import TextError
+from modeling_fire.errors import EvaluationError, TextError
 from modeling_fire.evaluation import attention_by_distance, bin_positions, loss_by_context, loss_by_position
-from modeling_fire.evaluation.loading import EvaluationError, distinct_names
+from modeling_fire.evaluation.loading import distinct_names
 from modeling_fire.evaluation.report import EvaluationOptions, evaluate, learned_tables, plot_model, tables
 
 
@@ -124,6 +124,7 @@ def test_names_tell_models_apart_and_nothing_of_the_machine(tmp_path):
         folder.mkdir(parents=True)
     assert distinct_names([str(folder) for folder in folders]) == ["a/model", "b/model"]
     assert distinct_names([f"{folders[0]}/", "org/model"]) == ["model", "org/model"]
+    assert distinct_names([*map(str, folders), "b/model"])[1].endswith("/b/model"), "longer than the Hub id"
     with pytest.raises(EvaluationError, match="given twice"):
         distinct_names([str(folders[0]), f"{folders[0]}/"])
 

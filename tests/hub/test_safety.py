@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from modeling_fire.cli import app
 from modeling_fire.conversion import ConversionError, convert
-from modeling_fire.evaluation.loading import Checkpoint, EvaluationError
+from modeling_fire.errors import EvaluationError
+from modeling_fire.evaluation.loading import Checkpoint
 
 
 LIBRARIES = {"torch", "transformers", "huggingface_hub"}  # the last is what transformers itself is built on
