@@ -129,6 +129,31 @@ def query_block_size(
     return max(1, MAX_BLOCK_ELEMENTS // (batch * key.shape[2] * per_pair))
 
 
+def needs_plain_formula() -> bool:
+    """Whether someone is at work who knows PyTorch's operators, but neither ours nor their derivatives."""
+    return in_function_transform() or torch.onnx.is_in_onnx_export()
+
+
+def plain_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    positions: FirePositions,
+    position_bias: PositionBias | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """The plain formula, with the mask that the positions tell, if there is no other."""
+    if attention_mask is None and positions.first is not None:
+        attention_mask = positions.mask()
+    output, _ = eager_attention_forward(
+        module, query, key, value, attention_mask, scaling, positions, position_bias, dropout
+    )
+    return output, None
+
+
 def sdpa_attention(
     module: Any,
     query: torch.Tensor,
@@ -145,8 +170,13 @@ def sdpa_attention(
     A long sequence is worked through in blocks of queries, so that no tensor of queries x keys x heads exists for all
     of it: each block computes its bias where it uses it, and with gradients once more in the backward pass.
     """
+    if attention_mask is not None and not attention_mask.is_floating_point():
+        attention_mask = attention_mask.bool()  # as integers it would be added to the bias
     if position_bias is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if needs_plain_formula():
+        scaling, dropout = kwargs["scaling"], kwargs.get("dropout", 0.0)
+        return plain_attention(module, query, key, value, attention_mask, positions, position_bias, scaling, dropout)
     # Continuous batching, the keys of all requests in a row: its mask says what the positions do.
     if "read_index" in kwargs and fused_backend(module, query, None, positions, position_bias, **kwargs) != "none":
         return fire_attention_forward(module, query, key, value, None, positions, position_bias, kwargs["scaling"])
@@ -235,15 +265,11 @@ def fire_attention_forward(
     """
     Fused attention, whose memory is linear in the length. What it does not cover, a bias without a piecewise-linear
     form, dropout, a mask of the caller's own, goes through [`sdpa_attention`] in blocks; and `torch.func`'s `grad`,
-    `vmap` and the like through the plain formula, where a query that sees nothing gets the mean of all values, not 0.
+    `vmap` and the like, and an export to ONNX, through the plain formula, where a query that sees nothing gets the
+    mean of all values, not 0.
     """
-    if in_function_transform():  # of which the fused operator has none
-        if attention_mask is None and positions.first is not None:
-            attention_mask = positions.mask()
-        plain = eager_attention_forward(
-            module, query, key, value, attention_mask, scaling, positions, position_bias, dropout
-        )
-        return plain[0], None
+    if needs_plain_formula():
+        return plain_attention(module, query, key, value, attention_mask, positions, position_bias, scaling, dropout)
     backend = fused_backend(module, query, attention_mask, positions, position_bias, dropout)
     if backend == "none":
         if not torch.compiler.is_compiling():

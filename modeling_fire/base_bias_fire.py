@@ -66,7 +66,7 @@ class PositionBias(nn.Module):
             dtype = torch.promote_types(dtype, torch.float32)
             if backend is not None:
                 return self.pieces(positions, dtype, backend)
-            return self.compute(positions, dtype).movedim(-1, 1)
+            return self.compute(positions, dtype).permute(0, 3, 1, 2)
 
     def _apply(self, fn, recurse=True):
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -187,6 +187,13 @@ class FireConfig(PreTrainedConfig):
                 f"`head_dim` must be at least 1, got {self.head_dim}: set it, or make `hidden_size` "
                 f"({self.hidden_size}) at least `num_attention_heads` ({self.num_attention_heads})."
             )
+        for name in ("sliding_window", "attention_chunk_size"):  # of which a cache would drop keys
+            if getattr(self, name, None) is not None:
+                raise ValueError(f"A FIRE model sees all tokens: leave out `{name}`, got {getattr(self, name)}.")
+        if set(getattr(self, "layer_types", None) or ()) - {"full_attention"}:
+            raise ValueError(
+                f"A FIRE model sees all tokens in every layer: leave out `layer_types` {self.layer_types}."
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must be a token, from 0 to {self.vocab_size - 1}, or `None`; got {self.pad_token_id}."

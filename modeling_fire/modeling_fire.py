@@ -156,7 +156,7 @@ class FireDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
-        attn_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        attn_output, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         if self.parallel_residual:
             return hidden_states + attn_output + self.mlp(self.post_attention_layernorm(hidden_states))
         hidden_states = hidden_states + attn_output

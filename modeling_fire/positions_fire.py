@@ -207,7 +207,7 @@ def padded_positions(positions: FirePositions, mask: torch.Tensor, position_ids:
     counts them. Padding before and after leaves distances alone; padding between tokens (a right-padded prompt that
     is continued) does not.
     """
-    count = (mask.cumsum(-1) - 1).clamp(min=0)
+    count = (mask.long().cumsum(-1) - 1).clamp(min=0)
     query = count.expand(mask.shape[0], -1).gather(1, positions.query.expand(mask.shape[0], -1))
     absolute = query if position_ids is None else position_ids
     if has_gaps(mask):

@@ -207,8 +207,6 @@ def test_no_token_sees_the_ones_ahead_however_large_their_bias(name, dtype):
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_masks_of_the_callers_own(name, dtype, precision):
-    if name != "eager" and dtype == torch.long:
-        pytest.skip("torch takes no integer masks, and says so")
     model, ids = tiny_model(attn_implementation=name).to(precision), random_ids(2, LENGTH)
     causal = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     mask = (

@@ -147,6 +147,8 @@ def test_a_rotation_is_never_dropped_silently(legacy):
         ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1"),
         ({"num_key_value_heads": 0}, "`num_key_value_heads` must be at least 1"),
         ({"num_key_value_heads": 3}, r"`num_attention_heads` \(4\) must be a multiple of `num_key_value_heads` \(3\)"),
+        ({"sliding_window": 4}, "sees all tokens: leave out `sliding_window`, got 4"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sees all tokens in every layer: leave out `layer_types`"),
         ({"head_dim": 0}, "`head_dim` must be at least 1, got 0: set it, or make `hidden_size`"),
         ({"hidden_size": 3}, r"make `hidden_size` \(3\) at least `num_attention_heads` \(4\)"),
         ({"max_position_embeddings": 0}, "`max_position_embeddings` must be at least 1"),
