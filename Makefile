@@ -10,7 +10,7 @@ PYTHON_PASSIVE := OMP_WAIT_POLICY=PASSIVE $(BIN)/python
 # One thread a test process: two processes on two cores beat one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels examples docs test test-transformers test-deepspeed lint types format clean
+.PHONY: help demo study drift compare ablate pretrain retrofit-study classify bench bench-model kernels emulate examples docs test test-transformers test-deepspeed lint types format clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 22
@@ -57,6 +57,10 @@ bench-model: $(READY)  ## A whole FIRE model beside LLaMA: training and generati
 
 kernels: $(READY)  ## Compile every form of the GPU kernels for several GPUs, without one; fails if a hot loop spills (half an hour)
 	$(BIN)/python benchmarks/offline_compile.py
+
+emulate: $(READY)  ## Run what the GPU kernels compile to for sm_80 and sm_90, without a GPU: values, addresses, races (half an hour)
+	for architecture in 80 90; do \
+		EMULATED_SM=$$architecture $(PYTEST) --dist load $(wildcard tests/test_triton_*.py) $(SELECT) || exit; done
 
 examples: $(READY)  ## Run the programs of examples/ in turn, and the notebook: under outputs/examples (three minutes on one core)
 	set -e; for program in train_with_trainer load_and_generate lora_with_peft sft_with_trl serve_and_query \

@@ -21,7 +21,7 @@ NAMES = ("query", "key", "value", "slope", "offset", "c", "row_scale")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 16 rows and columns, so that short sequences are made of many."""
-    blocks = triton_fire.Blocks(16, 16, 4, 1)
+    blocks = triton_fire.Blocks(16, 16, 1, 1)
     monkeypatch.setattr(triton_fire, "block_sizes_for", lambda *arguments: blocks)
 
 
@@ -129,7 +129,9 @@ def low_precision_attention(query, key, value, bias, positions, scaling):
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling + dense_bias(bias, positions)
     scores = torch.where(positions.mask(), scores, -torch.inf)
-    return scores.softmax(-1).to(query.dtype) @ value, scores.logsumexp(-1)
+    blind = ~positions.mask().any(-1, keepdim=True)
+    probabilities = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return probabilities.to(query.dtype) @ value, scores.logsumexp(-1)
 
 
 def check_low_precision(inputs, bias, positions, scaling):
