@@ -58,8 +58,8 @@ bench-model: $(READY)  ## A whole FIRE model beside LLaMA: training and generati
 kernels: $(READY)  ## Compile every form of the GPU kernels for several GPUs, without one; fails if a hot loop spills (half an hour)
 	$(BIN)/python benchmarks/offline_compile.py
 
-emulate: $(READY)  ## Run what the GPU kernels compile to for sm_80 and sm_90, without a GPU: values, addresses, races (half an hour)
-	for architecture in 80 90; do \
+emulate: $(READY)  ## Run what the GPU kernels compile to for sm_80, sm_90 and sm_100, without a GPU: values, addresses, races (half an hour)
+	for architecture in 80 90 100; do \
 		EMULATED_SM=$$architecture $(PYTEST) --dist load $(wildcard tests/test_triton_*.py) $(SELECT) || exit; done
 
 examples: $(READY)  ## Run the programs of examples/ in turn, and the notebook: under outputs/examples (three minutes on one core)

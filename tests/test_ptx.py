@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from ptx.block import Block
 from ptx.memory import GlobalMemory
+from ptx.program import translate
 from ptx.races import RaceError
-from ptx.translate import translate
 
 
 def run(body, *arrays, threads=64, shared=0):
@@ -76,24 +76,32 @@ def test_a_copy_is_there_when_it_was_waited_for():
     assert np.isnan(target).all()
 
 
-def test_threads_part_ways_over_a_few_instructions_only():
+def test_threads_part_ways_and_meet():
+    """Each adds 1 as often as its number says, up to 5; the first six then another 20."""
     body = """
-        setp.lt.u32 %p1, %r0, 5; mov.b32 %r1, 7;
-        @%p1 bra $L__BB0_1;
-        add.s32 %r1, %r1, 1;
+        mov.b32 %r1, 0;
         $L__BB0_1:
+        setp.ge.u32 %p1, %r1, %r0; setp.ge.u32 %p2, %r1, 5;
+        @%p1 bra $L__BB0_2;
+        @%p2 bra $L__BB0_3;
+        add.s32 %r1, %r1, 1;
+        bra.uni $L__BB0_1;
+        $L__BB0_2:
+        add.s32 %r1, %r1, 20;
+        $L__BB0_3:
         shl.b32 %r2, %r0, 2; cvt.u64.u32 %rd2, %r2; add.s64 %rd3, %rd0, %rd2; st.global.b32 [%rd3 + 0], {%r1};
     """
     target = np.zeros(64, np.int32)
     run(body, target)
-    assert (target == np.where(np.arange(64) < 5, 7, 8)).all()
-    with pytest.raises(NotImplementedError, match="part ways"):
-        run(body.replace("add.s32 %r1, %r1, 1;", "add.s32 %r1, %r1, 1;" * 9), target)
+    assert (target == np.where(np.arange(64) <= 5, np.arange(64) + 20, 5)).all()
+    target[:] = 0
+    run(body.replace("%r1, 20;", "%r1, 20; bar.sync 0;").replace("$L__BB0_3:", "ret; $L__BB0_3: bar.sync 0;"), target)
+    assert (target == np.where(np.arange(64) <= 5, 0, 5)).all(), "a barrier can be met at two places"
 
 
 def test_unknown_instructions_are_named():
-    with pytest.raises(NotImplementedError, match=re.escape("kernel has an instruction tcgen05.mma ['%r1']")):
-        run("tcgen05.mma %r1;", np.zeros(1, np.float32))
+    with pytest.raises(NotImplementedError, match=re.escape("kernel: dp4a.s32 ['%r1'] is unknown")):
+        run("dp4a.s32 %r1;", np.zeros(1, np.float32))
 
 
 # %r1 and %r2 to %r3, of each thread's element of two arrays and a third.

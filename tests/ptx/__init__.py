@@ -6,7 +6,7 @@ shared memory and when, which product a tensor core takes, it does not see. Here
 to memory lies within a tensor that the kernel was given, and no thread reads what another warp wrote without a barrier
 between them. Time it says nothing of.
 
-- `translate`: PTX as a Python function, an operation of numpy for each instruction.
-- `block`: the threads of a block, all at the same instruction, with shared memory and tensor cores.
-- `launch`: compiles a kernel as for the GPU, and runs a grid of blocks.
+- `parse`, `writer`, `program`: PTX as Python, an operation of numpy for each instruction.
+- `block`, `races`, `tensor_memory`: the threads of a block, with shared memory and tensor cores.
+- `launch`, `memory`: compiles a kernel as for the GPU, and runs a grid of blocks on the tensors that it was given.
 """

@@ -6,33 +6,12 @@ import numpy as np
 
 from .memory import GlobalMemory
 from .races import RaceError, SharedAccesses
+from .tensor_memory import TensorMemory
+from .values import LANES, TO_FLOAT, Lanes, approximate, wobble
 
 
-Lanes = np.ndarray  # a value of each thread
-LANES = 32
 # What is not there yet, or never was: NaN in every type.
 NOTHING = 0xFF
-
-
-def bfloat16_to_float32(bits: Lanes) -> Lanes:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def float32_to_bfloat16(values: Lanes) -> Lanes:
-    """Rounded to the nearest, to even between two."""
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
-
-
-def wobble(values: Lanes) -> Lanes:
-    """A number in [-1, 1) for each value, always the same one for the same value."""
-    return (values.view(np.uint32) * np.uint32(2654435761) >> np.uint32(8)) / 2.0**23 - 1.0
-
-
-def approximate(argument: Lanes, exact: Lanes, error: float) -> Lanes:
-    """A result, computed in float64, with a relative error of up to `error`, the largest that PTX allows."""
-    return (exact * (1.0 + error * wobble(argument))).astype(np.float32)
 
 
 class Block:
@@ -60,6 +39,7 @@ class Block:
         self.open: list[tuple] = []  # copies of the group that is not closed yet
         self.groups: list[list[tuple]] = []
         self.product_reads: list[tuple[np.ndarray, np.ndarray]] = []
+        self.tensor_memory = TensorMemory(self)
 
     # ------------------------------------------------------------ memory
 
@@ -230,15 +210,15 @@ class Block:
         left = pairs_of(registers, self.warps).reshape(self.warps, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5)
         return TO_FLOAT[to_float](np.ascontiguousarray(left)).reshape(self.warps, 16, 16)
 
-    def described(self, descriptor: Lanes, group: int, rows: int, transposed: bool, to_float: str) -> np.ndarray:
+    def described(
+        self, descriptor: np.uint64, readers: np.ndarray, rows: int, transposed: bool, to_float: str
+    ) -> np.ndarray:
         """
-        A factor of the products of sm_90, `(rows, 16)`, that lies in shared memory as a descriptor says: the start,
-        the steps between groups of elements, and which bits of an address are swapped with others.
+        A factor of the products of sm_90 and sm_100, `(rows, 16)`, that lies in shared memory as a descriptor says:
+        the start, the steps between groups of elements, and which bits of an address are swapped with others. It is
+        read by the warps `readers`.
         """
-        of_group = descriptor[128 * group : 128 * (group + 1)]
-        if (of_group != of_group[0]).any():
-            raise ValueError("The threads of a product describe different matrices.")
-        bits = int(of_group[0])
+        bits = int(descriptor)
         start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         span = {1: 128, 2: 64, 3: 32}.get(bits >> 62)
         if span is None or bits >> 49 & 7:
@@ -254,10 +234,9 @@ class Block:
         places = self.shared_places(address.reshape(-1), 2, 1).reshape(rows, 16)
         if self.accesses.unfenced[places].any():
             raise RuntimeError("A product reads what was written to shared memory without a fence since.")
-        for warp in range(4 * group, 4 * group + 4):
-            readers = np.full(rows, warp)
-            self.accesses.note_read(places, readers)
-            self.product_reads.append((places, readers))
+        for warp in readers:
+            self.accesses.note_read(places, np.full(rows, warp))
+            self.product_reads.append((places, np.full(rows, warp)))
         return TO_FLOAT[to_float](self.views[2][places])
 
     def multiply_groups(
@@ -275,12 +254,12 @@ class Block:
         """
         columns = 2 * len(accumulator)
         products = []
-        for group in range(self.warps // 4):
+        for group in np.arange(self.warps).reshape(-1, 4):
             if isinstance(a, np.ndarray):
-                left = self.described(a, group, 64, transposed[0], to_float)
+                left = self.described(a[LANES * group[0]], group, 64, transposed[0], to_float)
             else:
-                left = self.fragments(a, to_float)[4 * group : 4 * group + 4].reshape(64, 16)
-            product = left @ self.described(b, group, columns, transposed[1], to_float).T
+                left = self.fragments(a, to_float)[group].reshape(64, 16)
+            product = left @ self.described(b[LANES * group[0]], group, columns, transposed[1], to_float).T
             by_lane = product.reshape(4, 2, 8, columns // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5)
             products.append(by_lane.reshape(4 * LANES, columns // 2))
         return [
@@ -294,9 +273,6 @@ class Block:
             for places, readers in self.product_reads:
                 self.accesses.note_read(places, readers)
             self.product_reads = []
-
-
-TO_FLOAT = {"bf16": bfloat16_to_float32, "f16": lambda bits: bits.view(np.float16).astype(np.float32)}
 
 
 def pairs_of(registers: Sequence[Lanes], warps: int) -> np.ndarray:

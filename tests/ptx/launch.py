@@ -12,7 +12,7 @@ from modeling_fire import triton_fire
 
 from .block import Block
 from .memory import GlobalMemory
-from .translate import Program, translate
+from .program import Program, translate
 
 
 NAMES = {
@@ -88,7 +88,7 @@ def describe(value: Any) -> tuple[str, np.generic]:
 
 
 def emulate(architecture: int) -> None:
-    """Has the kernels of `triton_fire` run as PTX for a GPU, 80 or 90: its compute capability, times ten."""
+    """Has the kernels of `triton_fire` run as PTX for a GPU, 80, 90 or 100: its compute capability, times ten."""
     for name, value in vars(triton_fire).items():
         if isinstance(value, triton.JITFunction) and value.__module__ != triton_fire.__name__:
             setattr(triton_fire, name, EmulatedKernel(value, architecture))

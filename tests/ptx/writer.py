@@ -1,19 +1,20 @@
-"""PTX as a Python function: an operation of numpy, on a value of each thread, for each instruction."""
+"""Instructions as Python: operations of numpy, on a value of each thread."""
 
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from .block import Block, bfloat16_to_float32, float32_to_bfloat16
+from .parse import Statement
+from .values import LANES
 
 
 # Registers by the letters of their names. Bits are kept; a type is how an instruction looks at them.
 REGISTERS = {"p": "bool", "rs": "uint16", "r": "uint32", "rd": "uint64"}
 TYPES = {"pred": "bool", "u8": "uint8", "b8": "uint8", "f16": "float16"}
 TYPES |= {f"{kind}{bits}": f"uint{bits}" for kind in "ub" for bits in (16, 32, 64)}
-TYPES |= {f"s{bits}": f"int{bits}" for bits in (16, 32, 64)} | {"f32": "float32", "f64": "float64"}
+TYPES |= {f"s{bits}": f"int{bits}" for bits in (16, 32, 64)}
+TYPES |= {"f32": "float32", "f64": "float64", "f32x2": "float32"}
 WIDER = {"s16": "int32", "u16": "uint32", "s32": "int64", "u32": "uint64"}
 SPECIAL = {"%tid.x": "block.thread", "%ctaid.x": "block.index"}
 # What an instruction computes of its operands, all of one type.
@@ -33,115 +34,41 @@ FORMS = {
     "not": "~{0}",
     "prmt": "block.permute_bytes({0}, {1}, {2})",
 }
+# What the threads of a warp do together, with several results.
+TOGETHER = ("ldmatrix", "stmatrix", "mma", "wgmma")
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 ROUNDINGS = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
-# A branch over no more than so many instructions, as in a logarithm, may be one that some threads take.
-SHORT = 4
-
-
-class Statement(NamedTuple):
-    """An instruction, or a label, whose `opcode` is empty."""
-
-    predicate: str
-    opcode: str
-    operands: list[str]
-
-
-class Program(NamedTuple):
-    """A kernel to be run: `run(block)`, the threads of a block, and the types of its parameters."""
-
-    name: str
-    run: Callable[[Block], None]
-    threads: int
-    parameters: list[str]
-
-
-def translate(ptx: str) -> Program:
-    """The kernel of a text in PTX."""
-    entry = ptx[ptx.index(".entry") :]
-    name = re.match(r"\.entry\s+(\w+)", entry)[1]
-    parameters = re.findall(r"\.param\s+\.(\w+)", entry[: entry.index(")")])
-    threads = int(re.search(r"\.reqntid\s+(\d+)", entry)[1])
-    statements = parse(entry[entry.index("{") : entry.index("\n}")])
-    writer = Writer(name, threads)
-    source = writer.function(statements)
-    scope: dict[str, Any] = {"np": np, "from_bf16": bfloat16_to_float32, "to_bf16": float32_to_bfloat16}
-    scope |= writer.constants
-    exec(compile(source, f"<{name}>", "exec"), scope)
-    return Program(name, scope["run"], threads, parameters)
-
-
-def parse(body: str) -> list[Statement]:
-    """The statements of a kernel; braces that only bound the life of names go."""
-    body = re.sub(r"//[^\n]*|^\s*\.(loc|file|pragma|reg)\b[^\n]*|^\$L__tmp\d+:", "", body, flags=re.M)
-    statements = []
-    for text in re.split(r";|(\$\w+):|^\s*[{}]\s*$", body, flags=re.M):
-        text = (text or "").strip()
-        if text.startswith("$"):
-            statements.append(Statement("", "", [text]))
-        elif text:
-            predicate, opcode, rest = re.match(r"(?:@(!?%p\d+)\s+)?(\S+)\s*(.*)", text, re.S).groups()
-            operands = re.findall(r"[\[{][^\]}]*[\]}]|[^\s,]+", rest)
-            statements.append(Statement(predicate or "", opcode, operands))
-    return statements
 
 
 class Writer:
-    """Writes the function. Constants of the kernel become arrays, made once."""
+    """Writes the statements of a section. Constants become arrays, made once for a program."""
 
-    def __init__(self, name: str, threads: int):
-        self.name, self.threads = name, threads
-        self.constants: dict[str, np.ndarray] = {}
+    def __init__(self, program: Any, apart: bool):
+        self.program, self.apart, self.threads = program, apart, program.threads
 
-    def function(self, statements: list[Statement]) -> str:
-        statements = without_short_branches(statements)
-        sections, labels = [[]], {}
-        for statement in statements:
-            if not statement.opcode:
-                labels[statement.operands[0]] = len(sections)
-                sections.append([])
-                continue
-            sections[-1].append(statement)
-            if statement.opcode.startswith(("bra", "ret")):
-                sections.append([])
-        used = set(re.findall(r"%((?:rs|rd|r|p)\d+)", str(statements)))
-        lines = ["def run(block):"]
-        for kind, dtype in REGISTERS.items():
-            names = sorted(name for name in used if re.fullmatch(kind + r"\d+", name))
-            lines += [f" {' = '.join([*names, 'np.zeros'])}({self.threads}, np.{dtype})"] if names else []
-        lines += [" place = 0", f" while place < {len(sections)}:"]
-        for place, section in enumerate(sections):
-            lines += [f"  {'el' if place else ''}if place == {place}:", f"   place = {place + 1}"]
-            for statement in section:
-                lines += ["   " + line for line in self.statement(statement, labels)]
-        return "\n".join(lines)
-
-    def statement(self, statement: Statement, labels: dict[str, int]) -> list[str]:
+    def statement(self, statement: Statement) -> str:
         opcode, *suffixes = statement.opcode.split(".")
-        if opcode in ("bra", "ret"):
-            return self.leave(statement, labels)
         where = statement.predicate.replace("!", "~").replace("%", "") or None
+        if opcode in ("bra", "ret"):
+            end = self.program.labels[statement.operands[0]] if opcode == "bra" else len(self.program.sections)
+            return f"place = np.where({where}, {end}, place)" if where else f"place = {end}"
+        if self.apart:
+            if opcode in TOGETHER:
+                raise NotImplementedError(f"{self.program.name}: {statement.opcode} by some of the threads.")
+            where = f"active & {where}" if where else "active"
         if opcode in FORMS:
-            return [self.combined(suffixes, statement.operands, where, FORMS[opcode])]
+            return self.combined(suffixes, statement.operands, where, FORMS[opcode])
         write = getattr(self, f"write_{opcode}", None)
         if write is None:
-            raise NotImplementedError(f"{self.name} has an instruction {statement.opcode} {statement.operands}.")
-        return [write(suffixes, statement.operands, where)]
-
-    def leave(self, statement: Statement, labels: dict[str, int]) -> list[str]:
-        """Branches and returns: all threads go, or none."""
-        leave = [f"place = {labels[statement.operands[0]]}", "continue"] if statement.operands else ["return"]
-        if not statement.predicate:
-            return leave
-        leaves = statement.predicate.replace("!", "~").replace("%", "")
-        parting = [f"if ({leaves}).any():", " raise NotImplementedError('Threads of a block part ways.')"]
-        return [f"if ({leaves}).all():", *(f" {line}" for line in leave), *parting]
+            raise NotImplementedError(f"{self.program.name}: {statement.opcode} {statement.operands} is unknown.")
+        return write(suffixes, statement.operands, where)
 
     # ------------------------------------------------------------ operands
 
     def constant(self, value: np.generic) -> str:
-        name = f"k{len(self.constants)}"
-        self.constants[name] = np.full(self.threads, value)
+        constants = self.program.constants
+        name = f"k{len(constants)}"
+        constants[name] = np.full(self.threads, value)
         return name
 
     def read(self, operand: str, kind: str) -> str:
@@ -153,7 +80,8 @@ class Writer:
             register = register_name(operand)
             kept = np.dtype(REGISTERS[letters(register)])
             bits = f"uint{8 * dtype.itemsize}"
-            narrowed = register if kept.itemsize == dtype.itemsize else f"{register}.astype(np.{bits})"
+            whole = kept.itemsize == dtype.itemsize or kind == "f32x2"  # two, of which numpy sees twice as many
+            narrowed = register if whole else f"{register}.astype(np.{bits})"
             return narrowed if dtype in (kept, bits) else f"{narrowed}.view(np.{dtype})"
         if operand == "global_smem":
             return self.constant(dtype.type(0))
@@ -200,7 +128,7 @@ class Writer:
         return f"{{0}}.astype(np.{wider}) * {{1}}.astype(np.{wider})" if wider else "{0} * {1}"
 
     def write_fma(self, suffixes, operands, where):
-        form = "block.multiply_add({0}, {1}, {2})" if suffixes[-1] == "f32" else "{0} * {1} + {2}"
+        form = "{0} * {1} + {2}" if suffixes[-1] == "f64" else "block.multiply_add({0}, {1}, {2})"
         return self.combined(suffixes, operands, where, form)
 
     def write_div(self, suffixes, operands, where):
@@ -271,8 +199,10 @@ class Writer:
         kind, (target, source) = suffixes[-1], operands
         half = {"b32": 16, "b64": 32}.get(kind)
         if target.startswith("{"):
-            low, high, value = *register_names(target), self.read(source, kind)
-            return f"{low}, {high} = {value}.astype(np.uint{half}), ({value} >> {half}).astype(np.uint{half})"
+            value = self.read(source, kind)
+            values = f"{value}.astype(np.uint{half})", f"({value} >> {half}).astype(np.uint{half})"
+            wanted = [pair for pair in zip(parts(target), values, strict=True) if pair[0] != "_"]
+            return "; ".join(self.result(*pair, where) for pair in wanted)
         if source.startswith("{"):
             low, high = (f"{self.read(part, f'b{half}')}.astype(np.{TYPES[kind]})" for part in parts(source))
             return self.result(target, f"{low} | {high} << np.{TYPES[kind]}({half})", where)
@@ -349,6 +279,39 @@ class Writer:
     def write_fence(self, suffixes, operands, where):
         return "block.fence()"
 
+    # ------------------------------------------------------------ sm_100
+
+    def write_elect(self, suffixes, operands, where):
+        elected = operands[0].split("|")[1]
+        return self.result(elected, f"block.thread % {LANES} == 0", where)
+
+    def write_mbarrier(self, suffixes, operands, where):
+        if suffixes != ["try_wait"]:
+            return "pass"  # a barrier is what is promised to its address
+        return f"block.tensor_memory.wait({self.address(operands[0], 'u32')}, {where})"
+
+    def write_tcgen05(self, suffixes, operands, where):
+        memory, name = "block.tensor_memory", suffixes[0]
+        if name == "alloc":
+            return f"{memory}.allocate({self.address(operands[0], 'u32')}, {where})"
+        if name == "commit":
+            return f"{memory}.promise({self.address(operands[0], 'u32')}, {where})"
+        if name == "mma":
+            result, left, right, instruction, keep = operands
+            left = self.address(left, "u32") if left.startswith("[") else self.read(left, "b64")
+            arguments = [self.address(result, "u32"), left, self.read(right, "b64"), self.read(instruction, "b32")]
+            return f"{memory}.multiply({', '.join(arguments)}, {self.read(keep, 'pred')}, {where})"
+        if name == "ld" and "32x32b" in suffixes:
+            registers = register_names(operands[0])
+            loaded = f"{memory}.load({self.address(operands[1], 'u32')}, {len(registers)})"
+            return f"[{', '.join(registers)}] = {loaded}"
+        if name == "st" and "32x32b" in suffixes:
+            values = ", ".join(self.read(part, "b32") for part in parts(operands[1]))
+            return f"{memory}.store({self.address(operands[0], 'u32')}, [{values}], {where})"
+        if name in ("wait::ld", "wait::st", "dealloc", "relinquish_alloc_permit"):
+            return "pass"
+        raise NotImplementedError(f"An instruction {suffixes} of tensor memory.")
+
     # ------------------------------------------------------------ warps and matrices
 
     def write_shfl(self, suffixes, operands, where):
@@ -419,26 +382,3 @@ def widened(suffixes: list[str]) -> str:
 
 def to_half(value: str, kind: str) -> str:
     return f"to_bf16({value})" if kind == "bf16" else f"{value}.astype(np.float16).view(np.uint16)"
-
-
-def without_short_branches(statements: list[Statement]) -> list[Statement]:
-    """
-    Instead of branches over a few instructions, those instructions with a predicate: threads may go different ways
-    there, which the function, one way for all threads of a block, cannot.
-    """
-    kept: list[Statement] = []
-    place = 0
-    while place < len(statements):
-        statement = statements[place]
-        following = statements[place + 1 : place + 2 + SHORT]
-        ends = [n for n, other in enumerate(following) if not other.opcode and other.operands == statement.operands]
-        if statement.opcode == "bra" and statement.predicate and ends:
-            skipped = following[: ends[0]]
-            if all(other.opcode and not other.predicate for other in skipped):
-                stays = statement.predicate[1:] if statement.predicate[0] == "!" else f"!{statement.predicate}"
-                kept += [other._replace(predicate=stays) for other in skipped]
-                place += len(skipped) + 1
-                continue
-        kept.append(statement)
-        place += 1
-    return kept
