@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+ARCHITECTURES ?= 80 90 100
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 # Threads that wait by sleeping: spinning ones crawl as soon as another program wants a core.
@@ -59,7 +60,7 @@ kernels: $(READY)  ## Compile every form of the GPU kernels for several GPUs, wi
 	$(BIN)/python benchmarks/offline_compile.py
 
 emulate: $(READY)  ## Run what the GPU kernels compile to for sm_80, sm_90 and sm_100, without a GPU: values, addresses, races (half an hour)
-	for architecture in 80 90 100; do \
+	for architecture in $(ARCHITECTURES); do \
 		EMULATED_SM=$$architecture $(PYTEST) --dist load $(wildcard tests/test_triton_*.py) $(SELECT) || exit; done
 
 examples: $(READY)  ## Run the programs of examples/ in turn, and the notebook: under outputs/examples (three minutes on one core)

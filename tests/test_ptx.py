@@ -204,3 +204,29 @@ def test_products_of_a_warp(transposed):
     body = body.replace("ROWS", rows).replace("TRANS", "trans." if transposed else "")
     run(body, a, stored, target, threads=32, shared=1024)
     np.testing.assert_allclose(target, a.astype(float) @ b.astype(float), rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_sm_100():
+    """`a` of 128 x 16 in tensor memory times `b` of 16 x 8 in shared memory: there once its barrier was waited for."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype(np.float16) for shape in ((128, 16), (8, 16)))
+    block = Block(128, 0, [], 256, GlobalMemory())
+    memory, thread = block.tensor_memory, np.arange(128, dtype=np.uint32)
+    rows = thread // 32 * 32 << np.uint32(16)
+    memory.store(rows, list(a.view(np.uint32).T), None)
+    # Rows of 32 bytes, whose halves are swapped in every other four rows.
+    halves = np.stack([half if row // 4 % 2 == 0 else half[::-1] for row, half in enumerate(b.reshape(8, 2, 8))])
+    block.views[2][:128] = halves.reshape(-1).view(np.uint16)
+    descriptor, instruction = np.full(128, 3 << 62, np.uint64), np.full(128, 1 << 4 | 1 << 17 | 8 << 24, np.uint32)
+    result, barrier, first = np.full(128, 64, np.uint32), np.full(128, 128, np.uint32), thread == 0
+    for keep in (False, True):
+        memory.multiply(result, 0 * thread, descriptor, instruction, np.full(128, keep), first)
+    memory.promise(barrier, first)
+    assert np.isnan(np.stack(memory.load(rows + result, 8)).view(np.float32)).all()
+    memory.wait(barrier, None)
+    expected = 2 * a.astype(float) @ b.T.astype(float)
+    np.testing.assert_allclose(
+        np.stack(memory.load(rows + result, 8), 1).view(np.float32), expected, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(MemoryError, match="rows of tensor memory that are another's"):
+        memory.load(0 * rows, 1)
