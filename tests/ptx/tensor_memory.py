@@ -36,20 +36,29 @@ class TensorMemory:
         """All of it, so that it begins at 0."""
         self.block.store_shared(address, 4, [np.zeros_like(address)], where)
 
-    def places(self, address: Lanes, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and columns of `count` words for each thread, whose rows are those of its warp."""
-        row = (address >> np.uint32(16)).astype(int) + np.arange(len(address)) % LANES
+    def places(self, address: Lanes, count: int, split: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Rows and columns of `count` words for each thread, whose rows are those of its warp: one each, or, with
+        `split`, the first sixteen, of which the upper half of the warp takes what is `split` columns further.
+        """
+        lane = np.arange(len(address)) % LANES
+        row, column = (address >> np.uint32(16)).astype(int), (address & np.uint32(0xFFFF)).astype(int)
+        row, column = (row + lane, column) if split is None else (row + lane % 16, column + lane // 16 * split)
         of_warp = self.block.warp % (ROWS // LANES)
         if (row // LANES != of_warp).any():
             raise MemoryError("A warp reaches for rows of tensor memory that are another's.")
-        return row[:, None], (address & np.uint32(0xFFFF)).astype(int)[:, None] + np.arange(count)
+        return row[:, None], column[:, None] + np.arange(count)
 
-    def load(self, address: Lanes, count: int) -> list[Lanes]:
-        return [np.ascontiguousarray(column) for column in self.words[self.places(address, count)].T]
+    def matrix(self, address: np.uint32, rows: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+        """The places of a matrix that begins at an address."""
+        return (rows + (int(address) >> 16))[:, None], (int(address) & 0xFFFF) + np.arange(columns)
 
-    def store(self, address: Lanes, values: list[Lanes], where: Lanes | None) -> None:
+    def load(self, address: Lanes, count: int, split: int | None = None) -> list[Lanes]:
+        return [np.ascontiguousarray(column) for column in self.words[self.places(address, count, split)].T]
+
+    def store(self, address: Lanes, values: list[Lanes], where: Lanes | None = None, split: int | None = None) -> None:
         chosen = slice(None) if where is None else where
-        rows, columns = self.places(address, len(values))
+        rows, columns = self.places(address, len(values), split)
         self.words[rows[chosen], columns[chosen]] = np.stack(values, 1)[chosen]
 
     def multiply(
@@ -78,16 +87,18 @@ class TensorMemory:
         bits = product.instruction
         rows, columns = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
         kinds = {bits >> 7 & 7, bits >> 10 & 7}
-        if rows != ROWS or bits >> 4 & 3 != 1 or len(kinds) != 1 or bits & 0x600F:
+        if rows not in (64, 128) or bits >> 4 & 3 != 1 or len(kinds) != 1 or bits & 0x600F:
             raise NotImplementedError(f"A product {bits:#x} of {rows} rows.")
+        # Of 128 rows each has one here; of 64 each sixteen are the first of a warp's.
+        of_rows = np.arange(rows) if rows == ROWS else np.arange(rows) // 16 * LANES + np.arange(rows) % 16
         to_float = ("f16", "bf16")[kinds.pop()]
         if isinstance(product.left, np.uint32):  # in this memory, two to a word
-            halves = np.ascontiguousarray(self.words[:, int(product.left) : int(product.left) + 8]).view(np.uint16)
-            left = TO_FLOAT[to_float](halves)
+            words = self.words[self.matrix(product.left, of_rows, 8)]
+            left = TO_FLOAT[to_float](np.ascontiguousarray(words).view(np.uint16))
         else:
             left = self.block.described(product.left, READER, rows, bool(bits >> 15 & 1), to_float)
         right = self.block.described(product.right, READER, columns, bool(bits >> 16 & 1), to_float)
-        place = slice(None), slice(int(product.result), int(product.result) + columns)
+        place = self.matrix(product.result, of_rows, columns)
         old = self.words[place].view(np.float32) if product.keep else np.float32(0)
         self.words[place] = (old + left @ right.T).view(np.uint32)
 

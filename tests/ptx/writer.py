@@ -128,6 +128,9 @@ class Writer:
         return f"{{0}}.astype(np.{wider}) * {{1}}.astype(np.{wider})" if wider else "{0} * {1}"
 
     def write_fma(self, suffixes, operands, where):
+        if suffixes[-2:] == ["f32", "bf16"]:  # products of the latter, added to the former
+            a, b = (f"from_bf16({self.read(operand, 'b16')})" for operand in operands[1:3])
+            return self.result(operands[0], f"block.multiply_add({a}, {b}, {self.read(operands[3], 'f32')})", where)
         form = "{0} * {1} + {2}" if suffixes[-1] == "f64" else "block.multiply_add({0}, {1}, {2})"
         return self.combined(suffixes, operands, where, form)
 
@@ -301,13 +304,14 @@ class Writer:
             left = self.address(left, "u32") if left.startswith("[") else self.read(left, "b64")
             arguments = [self.address(result, "u32"), left, self.read(right, "b64"), self.read(instruction, "b32")]
             return f"{memory}.multiply({', '.join(arguments)}, {self.read(keep, 'pred')}, {where})"
-        if name == "ld" and "32x32b" in suffixes:
-            registers = register_names(operands[0])
-            loaded = f"{memory}.load({self.address(operands[1], 'u32')}, {len(registers)})"
+        if name == "ld" and suffixes[3] in ("32x32b", "16x32bx2"):
+            registers, address, split = register_names(operands[0]), operands[1], [*operands[2:], "None"][0]
+            loaded = f"{memory}.load({self.address(address, 'u32')}, {len(registers)}, {split})"
             return f"[{', '.join(registers)}] = {loaded}"
-        if name == "st" and "32x32b" in suffixes:
-            values = ", ".join(self.read(part, "b32") for part in parts(operands[1]))
-            return f"{memory}.store({self.address(operands[0], 'u32')}, [{values}], {where})"
+        if name == "st" and suffixes[3] in ("32x32b", "16x32bx2"):
+            address, split, registers = operands[0], ["None", *operands[1:-1]][-1], operands[-1]
+            values = ", ".join(self.read(part, "b32") for part in parts(registers))
+            return f"{memory}.store({self.address(address, 'u32')}, [{values}], {where}, {split})"
         if name in ("wait::ld", "wait::st", "dealloc", "relinquish_alloc_permit"):
             return "pass"
         raise NotImplementedError(f"An instruction {suffixes} of tensor memory.")
