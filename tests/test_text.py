@@ -28,7 +28,8 @@ def test_texts_from_files(tmp_path):
         list(read_texts(f"{tmp_path / 'dataset'}:nonesuch"))
     assert list(read_texts(documents)) == documents
     # In another block of the file, a column that nobody asked for has another type.
-    changing = '{"text": "a", "other": {"a": 1}}\n' * 10**6 + '{"text": "a", "other": "b"}\n' * 10
+    row = {"text": "a" * 1000, "other": {"a": 1}}
+    changing = f"{json.dumps(row)}\n" * 11_000 + json.dumps(row | {"other": "b"})
     for name, content, message in (
         ("b", '{"body": "x"}', "a row without a text in its column 'text': {'body': 'x'}"),
         ("c", '{"text": null}', "a row without a text in its column 'text': {'text': None}"),
