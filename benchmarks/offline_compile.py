@@ -6,7 +6,8 @@ Compiles every shipped configuration of the Triton kernels for given GPUs, witho
 For each: registers, bytes of stack, accesses to it (spills) in the loop over tiles, shared memory; and how many
 instructions a lane issues for each element of a tile, of which how many are special functions, on the shortest way
 around that loop, which is the way of a tile without knots or mask. Exits with 1 if a loop over tiles spills or is not
-recognised, or a kernel wants more shared memory than the GPU has. Of time it says nothing: nothing is run.
+recognised, a kernel wants more shared memory than the GPU has, or products of float32 are rounded. Of time it says
+nothing: nothing is run.
 """
 
 import argparse
@@ -101,6 +102,7 @@ class Code(NamedTuple):
     registers: int
     stack: int
     shared: int
+    rounded: bool  # whether products of float32 are in TF32
     hot_loops: list[Loop]
 
     @property
@@ -178,7 +180,8 @@ def read_code(compiled: Any) -> Code:
         usage = tool("cuobjdump", "-res-usage", file.name)
         listing = tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK"))
-    return Code(registers, stack, compiled.metadata.shared, hot_loops(find_loops(listing)))
+    rounded = "tf32" in compiled.asm["ptx"]
+    return Code(registers, stack, compiled.metadata.shared, rounded, hot_loops(find_loops(listing)))
 
 
 def hot_loops(loops: list[Loop]) -> list[Loop]:
@@ -252,6 +255,8 @@ def fault(case: Case, code: Code) -> str:
         return "too much shared memory"
     if code.spills:
         return "spills"
+    if code.rounded:
+        return "products in TF32"
     return "no loop over tiles recognised" if case.kernel in LOOPING and not code.hot_loops else ""
 
 

@@ -87,7 +87,7 @@ class TensorMemory:
         bits = product.instruction
         rows, columns = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
         kinds = {bits >> 7 & 7, bits >> 10 & 7}
-        if rows not in (64, 128) or bits >> 4 & 3 != 1 or len(kinds) != 1 or bits & 0x600F:
+        if rows not in (64, 128) or bits >> 4 & 3 != 1 or kinds not in ({0}, {1}) or bits & 0x600F:
             raise NotImplementedError(f"A product {bits:#x} of {rows} rows.")
         # Of 128 rows each has one here; of 64 each sixteen are the first of a warp's.
         of_rows = np.arange(rows) if rows == ROWS else np.arange(rows) // 16 * LANES + np.arange(rows) % 16
