@@ -14,7 +14,7 @@ READER = np.array([0])  # of shared memory, the warp that products are begun by
 class Product(NamedTuple):
     """A matrix product on its way: where its result and its factors are, and how they lie there."""
 
-    result: int
+    result: np.uint32
     left: np.uint64 | np.uint32  # a descriptor of shared memory, or a column of this one
     right: np.uint64
     instruction: int
