@@ -315,8 +315,8 @@ def fire_attention(
 
     Where the bias is piecewise linear (FIRE with one hidden layer of ReLU units, KERPLE, ALiBi) it runs fused, on CPU
     and, with Triton, on GPU; other biases are computed in blocks of queries. Memory is linear in the length, except
-    under `torch.func` and in an export to ONNX, where it is the plain formula. The gradients of `query`, `key`, `value` and of every parameter
-    of the bias are exact.
+    under `torch.func` and in an export to ONNX, where it is the plain formula. The gradients of `query`, `key`,
+    `value` and of every parameter of the bias are exact.
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, queries, head_dim)`): float32, bfloat16 or float16.
